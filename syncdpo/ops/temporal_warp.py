@@ -26,7 +26,9 @@ def _check_stream(x: Tensor, dim: int, frames: int | None, boundary: str, impl: 
         raise ValueError(f"x: expected at least two frames along axis {dim}, got {frames or size}")
     check_choice("boundary", boundary, BOUNDARIES)
     if check_impl(impl, x.device) == "kernel" and x.dtype is torch.float64:
-        raise TypeError("x: expected dtype float32, float16 or bfloat16 for the kernel, got float64")
+        raise TypeError(
+            "x: expected dtype float32, float16 or bfloat16 for the kernel, got float64"
+        )
 
 
 def _check_parameter(name: str, value: Tensor, x: Tensor, shape: str = "[B]") -> None:

@@ -1,0 +1,81 @@
+"""Where the latent frames of one stream lie in time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The time axis of one stream: seconds to latent positions and back.
+
+        regular stream:      centre of frame k = (k + 1/2) / rate
+        causal video codec:  centre of frame 0 = first / 2 / fps
+                             centre of frame k = (first + (k - 1/2) stride) / fps,  k >= 1
+                             with fps = rate * stride
+
+    A causal video codec lets latent frame 0 stand for `first` pictures and each later one for
+    `stride` (LTX-2: 1 and 8); a regular stream has first = stride. Positions are counted in
+    latent frames, a whole number at a centre, and run linearly between centres.
+
+    Args:
+        frames: latent frames along `dim`.
+        rate: latent frames per second (of a causal codec: pictures per second / stride).
+        dim: the tensor's time axis.
+        tokens: tokens per latent frame where time is packed, [B, frames * tokens, C].
+        first: pictures behind latent frame 0.
+        stride: pictures behind each later latent frame.
+
+    Raises:
+        ValueError: a count below 1, or a rate that is not finite and positive.
+    """
+
+    frames: int
+    rate: float
+    dim: int = 1
+    tokens: int = 1
+    first: int = 1
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "tokens", "first", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise ValueError(f"rate must be finite and positive, got {self.rate}")
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the start of the first frame to the end of the last."""
+        return (self._lead + self.frames - 1) / self.rate
+
+    def seconds(self, position: Tensor) -> Tensor:
+        """The time at each position; the inverse of `position`."""
+        before = self._lead / 2 + position * (self._lead + 1) / 2
+        after = position + (self._lead - 0.5)
+        return torch.where(position < 1, before, after) / self.rate
+
+    def position(self, seconds: Tensor) -> Tensor:
+        """The position at each time; the inverse of `seconds`."""
+        ticks = seconds * self.rate
+        before = (ticks - self._lead / 2) * 2 / (self._lead + 1)
+        after = ticks - (self._lead - 0.5)
+        return torch.where(ticks < self._lead + 0.5, before, after)
+
+    def border(self, seconds: Tensor) -> Tensor:
+        """The border between frames nearest to each time: k where frame k begins, whole floats.
+
+        On a regular stream floor(seconds * rate + 1/2), as in `replace_segments`.
+        """
+        ticks = seconds * self.rate
+        borders = torch.where(ticks < self._lead, ticks / self._lead, ticks - self._lead + 1)
+        return torch.floor(borders + 0.5)
+
+    @property
+    def _lead(self) -> float:
+        """Length of frame 0, in lengths of a later frame."""
+        return self.first / self.stride

@@ -1,0 +1,1 @@
+"""Clips from media files, clips rendered, and clips as latents."""

@@ -1,5 +1,6 @@
 """The public door to every kernel: tensors first, options keyword-only, checks once."""
 
+from .dpo_loss import DPOStats, Velocity, dpo_loss
 from .paired_noise import noise, paired_noise
 
-__all__ = ["noise", "paired_noise"]
+__all__ = ["DPOStats", "Velocity", "dpo_loss", "noise", "paired_noise"]

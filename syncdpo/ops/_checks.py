@@ -19,7 +19,6 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 def check_tensor(
     name: str,
     value: object,
-    *,
     dtypes: Sequence[torch.dtype] | None = None,
     shape: Sequence[int] | None = None,
     device: torch.device | None = None,
@@ -35,6 +34,14 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def per_modality(name: str, value: object, count: int) -> list:
+    """`value`, one entry or a sequence of them, as a list of `count` entries."""
+    entries = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(entries) != count:
+        raise ValueError(f"{name}: expected one entry per modality ({count}), got {len(entries)}")
+    return entries
 
 
 def check_impl(impl: str, device: torch.device) -> str:

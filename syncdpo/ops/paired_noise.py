@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS, check_impl, check_tensor
+from ._checks import FLOATS, check_impl, check_tensor, per_modality
 
 LOW_WORD = 0xFFFFFFFF
 ELEMENTS_PER_COUNTER = 4
@@ -24,7 +24,7 @@ MAX_ELEMENTS = ELEMENTS_PER_COUNTER << 32
 
 
 def check_seed(name: str, seed: object, batch: int, device: torch.device | None = None) -> None:
-    check_tensor(name, seed, dtypes=(torch.int64,), shape=(batch,), device=device)
+    check_tensor(name, seed, (torch.int64,), (batch,), device)
 
 
 def check_stream(name: str, stream: object, count: int = 1) -> None:
@@ -39,13 +39,33 @@ def check_sample_size(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected at most 2**34 elements per sample, got {list(shape)}")
 
 
+def _check_paired_noise(win, lose, sigma, seed, stream, impl) -> str:
+    if not win:
+        raise ValueError("win: expected at least one modality, got an empty sequence")
+    check_tensor("win[0]", win[0], FLOATS)
+    if win[0].ndim == 0:
+        raise ValueError("win[0]: expected a batch axis, got a scalar")
+    batch, device = win[0].shape[0], win[0].device
+    for m, (first, second, level) in enumerate(zip(win, lose, sigma, strict=True)):
+        check_tensor(f"win[{m}]", first, FLOATS, device=device)
+        if first.ndim == 0 or first.shape[0] != batch:
+            raise ValueError(f"win[{m}]: expected a batch of {batch}, got {list(first.shape)}")
+        if second is not None:
+            check_tensor(f"lose[{m}]", second, (first.dtype,), first.shape, device)
+        check_tensor(f"sigma[{m}]", level, (torch.float32,), (batch,), device)
+        check_sample_size(f"win[{m}]", first.shape)
+    check_seed("seed", seed, batch, device)
+    check_stream("stream", stream, len(win))
+    return check_impl(impl, device)
+
+
 # ---------------------------------------------------------------- reference
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> list[Tensor]:
     """Philox4x32 over broadcast int64 tensors that each hold one unsigned 32-bit word.
 
-    A product of two words overflows int64 but keeps its low 64 bits, so both of its words are exact.
+    A product of two words overflows int64 but keeps its low 64 bits, so both its words are exact.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -88,8 +108,9 @@ def _paired_noise_reference(
     for modality, (first, second, level) in enumerate(zip(win, lose, sigma, strict=True)):
         level = level.reshape(-1, *[1] * (first.ndim - 1))
         scaled = noise_reference(first.shape, seed, stream + modality).mul_(level)
-        halves = [(scaled + (1.0 - level) * x).to(x.dtype) for x in (first, second) if x is not None]
-        noised.append(torch.cat([halves[0], halves[-1]]))
+        half = (scaled + (1.0 - level) * first).to(first.dtype)
+        other = half if second is None else (scaled + (1.0 - level) * second).to(first.dtype)
+        noised.append(torch.cat([half, other]))
     return noised
 
 
@@ -209,8 +230,9 @@ def paired_noise(
     """
     single = isinstance(win, Tensor)
     win = [win] if single else list(win)
-    lose = _per_modality("lose", lose, len(win), share_none=True)
-    sigma = _per_modality("sigma", sigma, len(win), share_tensor=True)
+    count = len(win)
+    lose = [None] * count if lose is None else per_modality("lose", lose, count)
+    sigma = [sigma] * count if isinstance(sigma, Tensor) else per_modality("sigma", sigma, count)
     impl = _check_paired_noise(win, lose, sigma, seed, stream, impl)
     with torch.no_grad():
         if torch.compiler.is_compiling():
@@ -218,34 +240,3 @@ def paired_noise(
         else:
             noised = _paired_noise(win, lose, sigma, seed, stream, impl)
     return noised[0] if single else tuple(noised)
-
-
-def _per_modality(name, value, count, *, share_none=False, share_tensor=False) -> list:
-    """`value` as a list of one entry per modality."""
-    single = isinstance(value, Tensor)
-    if (value is None and share_none) or (single and (share_tensor or count == 1)):
-        return [value] * count
-    if single or value is None or len(value) != count:
-        got = type(value).__name__ if single or value is None else f"{len(value)}"
-        raise ValueError(f"{name}: expected one entry for each of {count} modalities, got {got}")
-    return list(value)
-
-
-def _check_paired_noise(win, lose, sigma, seed, stream, impl) -> str:
-    if not win:
-        raise ValueError("win: expected at least one modality, got an empty sequence")
-    check_tensor("win[0]", win[0], dtypes=FLOATS)
-    if win[0].ndim == 0:
-        raise ValueError("win[0]: expected a batch axis, got a scalar")
-    batch, device = win[0].shape[0], win[0].device
-    for m, (first, second, level) in enumerate(zip(win, lose, sigma, strict=True)):
-        check_tensor(f"win[{m}]", first, dtypes=FLOATS, device=device)
-        if first.ndim == 0 or first.shape[0] != batch:
-            raise ValueError(f"win[{m}]: expected a batch of {batch}, got {list(first.shape)}")
-        if second is not None:
-            check_tensor(f"lose[{m}]", second, dtypes=(first.dtype,), shape=first.shape, device=device)
-        check_tensor(f"sigma[{m}]", level, dtypes=(torch.float32,), shape=(batch,), device=device)
-        check_sample_size(f"win[{m}]", first.shape)
-    check_seed("seed", seed, batch, device)
-    check_stream("stream", stream, len(win))
-    return check_impl(impl, device)

@@ -1,0 +1,372 @@
+"""The DPO loss of a flow or diffusion model over pairs, for any number of modalities.
+
+    e(p) = mean over non-batch axes of (p − target)²
+    Δ_m  = [e(policy) − e(reference)]_win − [same]_lose
+    L    = −log σ(−½ Σ_m β_m Δ_m)
+
+Diffusion-DPO (arXiv 2311.12908, equation 14), per modality as in SyncDPO (arXiv 2605.12179).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._checks import FLOATS, check_choice, check_impl, check_tensor, per_modality
+from ._dpo_reference import MATERIALISED, Options, backward_reference, forward_reference, lose, win
+from .paired_noise import check_sample_size, check_seed, check_stream
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """target = sign·(ε − clean), rebuilt where it is needed and never stored.
+
+    ε is that of `noise(clean.shape, seed, stream=stream)`; give the seeds that `paired_noise` got,
+    and for modality m the stream + m that it used.
+
+    Args:
+        clean: [2B, …], or [B, …] where winner and loser share it.
+        seed: int64 [B], one per pair.
+        stream: the noise stream of this modality.
+        sign: +1 for ε − clean (LTX-2), −1 for clean − ε (JavisDiT).
+    """
+
+    clean: Tensor
+    seed: Tensor
+    stream: int = 0
+    sign: int = 1
+
+
+class DPOStats(NamedTuple):
+    """What the loss saw of each pair; detached, float32, from the same pass as the loss.
+
+    `margin`: [M, B], −½·β_m·Δ_m, positive where the policy prefers the winner more than the
+    reference does. `weight`: [B], `pair_weight`, and 0 where masks select nothing. The four errors:
+    [M, B], mean squared errors; those of the reference come from `reference_error` where given.
+    """
+
+    margin: Tensor
+    weight: Tensor
+    policy_win: Tensor
+    policy_lose: Tensor
+    reference_win: Tensor
+    reference_lose: Tensor
+
+    @property
+    def implicit_accuracy(self) -> Tensor:
+        """Share of the pairs with weight whose margin, over all modalities, is positive; scalar.
+
+        A margin of exactly 0, as before the first step, counts half. 0 where no pair has weight.
+        """
+        return _share_positive(self.margin.sum(0), self.weight)
+
+    @property
+    def modality_accuracy(self) -> Tensor:
+        """`implicit_accuracy` of each modality by itself; [M]."""
+        return _share_positive(self.margin, self.weight)
+
+
+def _share_positive(margin: Tensor, weight: Tensor) -> Tensor:
+    counted = (weight != 0).float()
+    hit = (margin.sign() + 1.0) / 2.0
+    return (hit * counted).sum(-1) / counted.sum().clamp_min(1.0)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_options(options, logistic, normalize, layout, reduction):
+    check_choice("objective", options.objective, ("sigmoid", "hinge", "ipo"))
+    check_choice("logistic", logistic, ("joint", "separate"))
+    check_choice("normalize", normalize, ("reference", None))
+    check_choice("layout", layout, ("halves", "interleaved"))
+    check_choice("reduction", reduction, ("mean", "none"))
+    for m, (stream, sign) in enumerate(zip(options.stream, options.sign, strict=True)):
+        check_stream(f"target[{m}].stream", stream)
+        check_choice(f"target[{m}].sign", sign, (1, -1, MATERIALISED))
+    smoothing = options.label_smoothing
+    if not 0.0 <= smoothing <= 0.5:
+        raise ValueError(f"label_smoothing: expected 0 to 0.5, got {smoothing}")
+    if smoothing and options.objective != "sigmoid":
+        raise ValueError(f"label_smoothing: expected 0 with objective={options.objective!r}")
+
+
+def _check_tensors(policy, reference, target, mask, reference_error, pair_weight, impl):
+    """Check everything against policy; the resolved `impl`."""
+    if not policy:
+        raise ValueError("policy: expected at least one modality, got an empty sequence")
+    check_tensor("policy[0]", policy[0])
+    if policy[0].ndim == 0 or policy[0].shape[0] == 0 or policy[0].shape[0] % 2:
+        raise ValueError(f"policy[0]: expected [2B, …] with B > 0, got {list(policy[0].shape)}")
+    rows, device = policy[0].shape[0], policy[0].device
+    impl = check_impl(impl, device)
+    floats = (*FLOATS, torch.float64) if impl == "reference" else FLOATS
+    if policy[0].dtype == torch.float64 and impl == "reference":
+        floats = (torch.float64,)
+    for m, p in enumerate(policy):
+        check_tensor(f"policy[{m}]", p, dtypes=floats, device=device)
+        if p.ndim == 0 or p.shape[0] != rows or p.numel() == 0:
+            expected = f"[{rows}, …], no axis empty"
+            raise ValueError(f"policy[{m}]: expected {expected}, got {list(p.shape)}")
+        if reference:
+            check_tensor(f"reference[{m}]", reference[m], floats, p.shape, device)
+        _check_target(f"target[{m}]", target[m], p, floats)
+        if mask[m] is not None:
+            _check_mask(f"mask[{m}]", mask[m], p)
+    _check_reference_error(reference, reference_error, rows, len(policy), device)
+    if pair_weight is not None:
+        check_tensor("pair_weight", pair_weight, (*FLOATS, torch.bool), (rows // 2,), device)
+    return impl
+
+
+def _check_target(name, target, policy, floats):
+    if not isinstance(target, Velocity):
+        return check_tensor(name, target, floats, policy.shape, policy.device)
+    rows, *rest = policy.shape
+    clean = target.clean
+    check_tensor(f"{name}.clean", clean, floats, device=policy.device)
+    if list(clean.shape) not in ([rows, *rest], [rows // 2, *rest]):
+        expected = f"{[rows, *rest]} or {[rows // 2, *rest]}"
+        raise ValueError(f"{name}.clean: expected shape {expected}, got {list(clean.shape)}")
+    check_sample_size(f"{name}.clean", clean.shape)
+    check_seed(f"{name}.seed", target.seed, rows // 2, policy.device)
+
+
+def _check_mask(name, mask, policy):
+    check_tensor(name, mask, (*FLOATS, torch.bool), device=policy.device)
+    sizes = zip(reversed(mask.shape), reversed(policy.shape), strict=False)
+    if mask.ndim > policy.ndim or any(size not in (1, full) for size, full in sizes):
+        expected = f"a shape that broadcasts to {list(policy.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got {list(mask.shape)}")
+
+
+def _check_reference_error(reference, reference_error, rows, count, device):
+    if bool(reference) == (reference_error is not None):
+        got = "both" if reference else "neither"
+        raise ValueError(f"reference: expected either it or reference_error, got {got}")
+    if reference_error is not None:
+        shape = (rows,) if reference_error.ndim == 1 and count == 1 else (count, rows)
+        check_tensor("reference_error", reference_error, None, shape, device)
+
+
+# ---------------------------------------------------------------- autograd and registration
+
+
+def _forward(policy, reference, target, seed, mask, reference_error, pair_weight, options):
+    if options.impl == "kernel":
+        raise NotImplementedError("impl: the kernel of dpo_loss is not built yet")
+    return forward_reference(
+        policy, reference, target, seed, mask, reference_error, pair_weight, options
+    )
+
+
+def _backward(grad, slope, policy, target, seed, mask, options):
+    if options.impl == "kernel":
+        raise NotImplementedError("impl: the kernel of dpo_loss is not built yet")
+    return backward_reference(grad, slope, policy, target, seed, mask, options)
+
+
+class _DPOLoss(torch.autograd.Function):
+    """The quick way in eager: half the overhead of a registered op."""
+
+    @staticmethod
+    def forward(ctx, rest, options, *policy):
+        reference, target, seed, mask, reference_error, pair_weight = rest
+        loss, *stats, slope = _forward(
+            policy, reference, target, seed, mask, reference_error, pair_weight, options
+        )
+        ctx.save_for_backward(slope, *policy, *target, *seed, *mask)
+        ctx.options = options
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        slope, *saved = ctx.saved_tensors
+        count = len(slope)
+        if grad is None:
+            return None, None, *[None] * count
+        policy, target, seed, mask = (saved[k * count : (k + 1) * count] for k in range(4))
+        return None, None, *_backward(grad, slope, policy, target, seed, mask, ctx.options)
+
+
+_OPTIONS_SCHEMA = (
+    "float[] beta, int[] stream, int[] sign, str objective, bool separate, bool normalize, "
+    "float sft_weight, float label_smoothing, bool interleaved, bool mean, bool stats, str impl"
+)
+
+
+@torch.library.custom_op(
+    "syncdpo::dpo_loss",
+    mutates_args=(),
+    schema="(Tensor[] policy, Tensor[] reference, Tensor[] target, Tensor?[] seed, Tensor?[] mask, "
+    f"Tensor? reference_error, Tensor? pair_weight, {_OPTIONS_SCHEMA}) "
+    "-> (Tensor loss, Tensor margin, Tensor weight, Tensor errors, Tensor slope)",
+)
+def _dpo_loss_op(policy, reference, target, seed, mask, reference_error, pair_weight, *options):
+    return _forward(
+        policy, reference, target, seed, mask, reference_error, pair_weight, Options(*options)
+    )
+
+
+@_dpo_loss_op.register_fake
+def _(policy, reference, target, seed, mask, reference_error, pair_weight, *options):
+    options = Options(*options)
+    modalities, rows = len(policy), policy[0].shape[0]
+    shapes = {
+        "loss": () if options.mean else (rows // 2,),
+        "margin": (modalities, rows // 2),
+        "weight": (rows // 2,),
+        "errors": (2 if options.stats else 0, modalities, rows),
+        "slope": (modalities, rows),
+    }
+    dtype = torch.promote_types(policy[0].dtype, torch.float32)
+    return tuple(policy[0].new_empty(shape, dtype=dtype) for shape in shapes.values())
+
+
+@torch.library.custom_op(
+    "syncdpo::dpo_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor slope, Tensor[] policy, Tensor[] target, Tensor?[] seed, "
+    f"Tensor?[] mask, {_OPTIONS_SCHEMA}) -> Tensor[]",
+)
+def _dpo_loss_backward_op(grad, slope, policy, target, seed, mask, *options):
+    return _backward(grad, slope, policy, target, seed, mask, Options(*options))
+
+
+@_dpo_loss_backward_op.register_fake
+def _(grad, slope, policy, target, seed, mask, *options):
+    return [torch.empty_like(p) for p in policy]
+
+
+def _setup_context(ctx, inputs, output):
+    policy, reference, target, seed, mask, _, _, *ctx.options = inputs
+    ctx.references = len(reference)
+    ctx.save_for_backward(output[-1], *policy, *target, *seed, *mask)
+    ctx.set_materialize_grads(False)
+
+
+def _registered_backward(ctx, grad, *_):
+    slope, *saved = ctx.saved_tensors
+    count = len(slope)
+    policy, target, seed, mask = (saved[k * count : (k + 1) * count] for k in range(4))
+    grads = [None] * count
+    if grad is not None:
+        grads = torch.ops.syncdpo.dpo_loss_backward(
+            grad, slope, policy, target, seed, mask, *ctx.options
+        )
+    constants = [None] * ctx.references, [None] * count, *[None] * (4 + len(ctx.options))
+    return grads, *constants
+
+
+_dpo_loss_op.register_autograd(_registered_backward, setup_context=_setup_context)
+
+
+# ---------------------------------------------------------------- public
+
+
+def dpo_loss(
+    policy: Tensor | Sequence[Tensor],
+    reference: Tensor | Sequence[Tensor] | None,
+    target: Tensor | Velocity | Sequence[Tensor | Velocity],
+    *,
+    beta: float | Sequence[float],
+    reference_error: Tensor | None = None,
+    mask: Tensor | Sequence[Tensor | None] | None = None,
+    pair_weight: Tensor | None = None,
+    objective: str = "sigmoid",
+    logistic: str = "joint",
+    normalize: str | None = None,
+    sft_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    layout: str = "halves",
+    reduction: str = "mean",
+    return_stats: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, DPOStats]:
+    """L = mean over pairs of w·f(−½ Σ_m β_m Δ_m) + sft_weight · Σ_m e_m(policy)_win, where
+
+        e_m(p) = mean over non-batch axes of (p_m − target_m)²
+        Δ_m    = [e_m(policy) − e_m(reference)]_win − [same]_lose
+        f(h)   = −log σ(h)
+
+    Diffusion-DPO (arXiv 2311.12908, equation 14) over several modalities of one clip, as SyncDPO
+    (arXiv 2605.12179) trains with it. e(policy) − e(reference) is summed as (p − r)·(p + r − 2y),
+    which keeps its digits where policy ≈ reference. All arithmetic and sums are in float32; the
+    gradient flows to `policy` alone and comes in its dtype; of all the rest only per-sample scalars
+    are kept for the backward.
+
+    Args:
+        policy: [2B, …], or a sequence with one tensor per modality; float32, float16 or bfloat16,
+            any strides. (float64 throughout is taken by the reference implementation.)
+        reference: the frozen model's output, like `policy`; None with `reference_error`.
+        target: what both should have put out, like `policy`; or a `Velocity`, per modality.
+        beta: float, or one per modality; usual values are 100 to 5000, about 5 with `normalize`.
+        reference_error: [2B] or [M, 2B], e(reference) computed beforehand.
+        mask: non-negative weights or bool, broadcastable to [2B, …], or one per modality (None:
+            everything counts); the mean becomes Σ mask·(p − y)² ÷ Σ mask. A modality whose mask
+            selects nothing in either half of a pair has error 0 and weight 0 there.
+        pair_weight: [B], w above; it leaves the SFT term alone.
+        objective: f of the margin h: "sigmoid" −log σ(h), "hinge" max(0, 1 − h), "ipo" (h − ½)²,
+            which is Azar et al.'s (arXiv 2310.12036) times β².
+        logistic: "joint", one preference per clip, as above; "separate", Σ_m f(−½ β_m Δ_m), the
+            form of AV-DPO (JavisDiT++).
+        normalize: "reference" divides Δ_m by the mean of the reference's errors on the pair, so
+            that one β fits every model and modality.
+        sft_weight: weight of the winner's own error.
+        label_smoothing: 0 to ½, the chance that a preference is the wrong way round: (1 − s)·f(h) +
+            s·f(−h). For "sigmoid".
+        layout: "halves", all winners first; "interleaved", winner, loser, winner, loser.
+        reduction: "mean" over the pairs, or "none".
+        return_stats: also give the pass's `DPOStats`.
+        impl: "auto" (kernel on CUDA, reference on CPU), "kernel" or "reference".
+
+    Returns:
+        float32 scalar, or [B] for reduction="none"; with `return_stats` a pair (loss, DPOStats).
+        A policy that is not finite gives a loss that is not finite.
+
+    Raises:
+        TypeError: wrong kind or dtype. ValueError: wrong shape, length, device, choice or range.
+    """
+    policy = [policy] if isinstance(policy, Tensor) else list(policy)
+    count = len(policy)
+    reference = [] if reference is None else per_modality("reference", reference, count)
+    target = per_modality("target", target, count)
+    mask = [None] * count if mask is None else per_modality("mask", mask, count)
+    velocity = [entry if isinstance(entry, Velocity) else None for entry in target]
+    options = Options(
+        beta=[float(b) for b in per_modality("beta", beta, count)],
+        stream=[v.stream if v else 0 for v in velocity],
+        sign=[v.sign if v else MATERIALISED for v in velocity],
+        objective=objective,
+        separate=logistic == "separate",
+        normalize=normalize == "reference",
+        sft_weight=float(sft_weight),
+        label_smoothing=float(label_smoothing),
+        interleaved=layout == "interleaved",
+        mean=reduction == "mean",
+        stats=return_stats,
+        impl=_check_tensors(policy, reference, target, mask, reference_error, pair_weight, impl),
+    )
+    _check_options(options, logistic, normalize, layout, reduction)
+    seed = [v.seed if v else None for v in velocity]
+    target = [v.clean if v else given for v, given in zip(velocity, target, strict=True)]
+    rest = (reference, target, seed, mask, reference_error, pair_weight)
+    if torch.compiler.is_compiling():
+        loss, *stats, _ = torch.ops.syncdpo.dpo_loss(policy, *rest, *options)
+    else:
+        loss, *stats = _DPOLoss.apply(rest, options, *policy)
+    return (loss, _stats(*stats, options)) if return_stats else loss
+
+
+def _stats(margin, weight, errors, options):
+    policy, reference = errors.detach()
+    halves = (half(e, options) for e in (policy, reference) for half in (win, lose))
+    return DPOStats(margin.detach(), weight.detach(), *halves)

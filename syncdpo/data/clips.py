@@ -28,6 +28,7 @@ AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000
 
 _JITTER = 0.005  # s; containers round timestamps by up to 1 ms, a lost packet is 2.5 ms at least
 _TRUNCATED = 0.25  # s missing against what the header says; priming and padding are below 0.1 s
+_HOLE = 10.0  # s without a new picture; a broken timestamp rather than a still
 _UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 
@@ -141,8 +142,9 @@ def read_clip(
 ) -> Clip:
     """The first `seconds` of a file, everything of it by default, in the format asked for.
 
-    fps: picture k is the one that the file shows at the centre of its frame, (k + 0.5)/fps, so that
-        any rate, and a variable one too, becomes constant with no lag on average.
+    fps: picture k is the one that the file shows at the centre of its frame, (k + 0.5)/fps; so any
+        rate, a variable one too, becomes constant, and no picture is out by more than half the time
+        that the file shows it.
     size: (height, width); scaled with antialiasing until it covers that, then cropped about the
         centre. Rotation tags and non-square pixels are honoured.
     sample_rate: Hz, band-limited resampling without delay. channels: 1 is the mean of all; more are
@@ -163,10 +165,11 @@ def read_clip(
     if path.stat().st_size == 0:
         raise ClipError(path, "empty file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="ignore") as container:
             streams = _decode(container, path, seconds, size)
     except av.FFmpegError as error:
-        raise ClipError(path, f"cannot be decoded: {error.strerror}") from error
+        reason = f"damaged, truncated or not a media file ({error.strerror})"
+        raise ClipError(path, reason) from error
 
     rate = fps or streams.fps
     length = streams.seconds if seconds is None else seconds
@@ -201,13 +204,11 @@ class _Streams:
 
 
 def _decode(container, path: Path, seconds: float | None, size) -> _Streams:
-    video = next((s for s in container.streams.video
-                  if not s.disposition & Disposition.attached_pic), None)  # fmt: skip
-    audio = next(iter(container.streams.audio), None)
+    video, audio = _first(container.streams.video), _first(container.streams.audio)
     if video is None:
-        raise ClipError(path, "no pictures (it has no video stream)")
+        raise ClipError(path, "no pictures (it has no video stream that can be decoded)")
     if audio is None:
-        raise ClipError(path, "no sound (it has no audio stream)")
+        raise ClipError(path, "no sound (it has no audio stream that can be decoded)")
     rate = video.average_rate or video.guessed_rate
     if not rate:
         raise ClipError(path, "no frame rate")
@@ -245,11 +246,20 @@ def _decode(container, path: Path, seconds: float | None, size) -> _Streams:
         for stream, kind in ((video, "pictures"), (audio, "sound")):
             _check_whole(path, stream, ends[stream.index], kind, 1 / streams.fps)
 
+    steps = np.diff([*streams.picture_times, ends[video.index]])
+    if steps.min() < 0 or steps.max() > _HOLE:
+        raise ClipError(path, "the timestamps of its pictures jump")
     origin = streams.picture_times[0]
     streams.picture_times = [time - origin for time in streams.picture_times]
     streams.seconds = ends[video.index] - origin
     streams.sound = placed.joined(origin, seconds or streams.seconds)
     return streams
+
+
+def _first(streams):
+    """The first stream with a decoder; a cover picture is no video."""
+    cover = Disposition.attached_pic
+    return next((s for s in streams if s.codec_context and not s.disposition & cover), None)
 
 
 def _check_whole(path: Path, stream, end: float, kind: str, tolerance: float) -> None:

@@ -80,8 +80,7 @@ class Adaptive(Schedule):
     """Rises by `step` after each update while the implicit accuracy stays above `target`.
 
     The accuracy is smoothed, a <- memory a + (1 - memory) accuracy from a = 0.5 (a guess), so one
-    lucky batch does not harden the task; after a rise it starts again from `target`, so that the
-    new difficulty has to be mastered before the next one. It never falls.
+    lucky batch does not harden the task. The difficulty never falls.
     """
 
     target: float = 0.8
@@ -105,7 +104,6 @@ class Adaptive(Schedule):
         self.accuracy = self.memory * self.accuracy + (1 - self.memory) * implicit_accuracy
         if self.accuracy > self.target:
             self.difficulty = _clip(self.difficulty + self.step)
-            self.accuracy = self.target
 
     def state_dict(self) -> dict[str, float]:
         return {"difficulty": self.difficulty, "accuracy": self.accuracy}

@@ -75,6 +75,10 @@ class Timeline:
         borders = torch.where(ticks < self._lead, ticks / self._lead, ticks - self._lead + 1)
         return torch.floor(borders + 0.5)
 
+    def begins(self, border: Tensor) -> Tensor:
+        """The time at which frame k begins, k whole; the inverse of `border`."""
+        return torch.where(border < 1, border * self._lead, border + (self._lead - 1)) / self.rate
+
     @property
     def _lead(self) -> float:
         """Length of frame 0, in lengths of a later frame."""

@@ -98,7 +98,8 @@ def noise_reference(shape: Sequence[int], seed: Tensor, stream: int) -> Tensor:
     low, high = seed[:, None] & LOW_WORD, seed[:, None] >> 32 & LOW_WORD
     words = philox4x32((index, zero, zero, zero + stream), (low, high))
     normals = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
-    return torch.stack(normals, dim=-1).flatten(1)[:, :elements].reshape(batch, *shape[1:])
+    whole = torch.stack(normals, dim=-1).flatten(1)
+    return whole[:, :elements].reshape(batch, *shape[1:]).contiguous()
 
 
 def _paired_noise_reference(

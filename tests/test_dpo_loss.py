@@ -1,0 +1,500 @@
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from syncdpo.ops import Velocity, dpo_loss, noise, paired_noise
+from syncdpo.testing import LAYOUTS, assert_within_budget, predictions, restride
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = ((4, 3, 5), (4, 7))
+
+# ---------------------------------------------------------------- the truth, naively, in float64
+
+
+def oracle_terms(policy, reference, target, beta, mask, normalize, interleaved):
+    """−½·β·Δ and the winner's error of one modality, [B] each."""
+
+    def error(prediction):
+        squares = (prediction - target).square()
+        weight = torch.ones_like(squares) if mask is None else mask.double().expand_as(squares)
+        rows = len(squares)
+        total, count = (x.reshape(rows, -1).sum(1) for x in (squares * weight, weight))
+        return torch.where(count > 0, total / count.clamp_min(1e-300), 0.0), count
+
+    def halves(x):
+        return (x[0::2], x[1::2]) if interleaved else x.chunk(2)
+
+    (own, count), (other, _) = error(policy), error(reference)
+    (own_win, own_lose), (other_win, other_lose) = halves(own), halves(other)
+    gap = (own_win - own_lose) - (other_win - other_lose)
+    if normalize:
+        gap = gap / ((other_win + other_lose) / 2)
+    present = (torch.stack(halves(count)) > 0).all(0)
+    return torch.where(present, -0.5 * beta * gap, 0.0), own_win, present
+
+
+def oracle(policy, reference, target, *, beta, mask=None, pair_weight=None, objective="sigmoid",
+           logistic="joint", normalize=None, sft_weight=0.0, label_smoothing=0.0, layout="halves",
+           reduction="mean"):  # fmt: skip
+    beta = beta if isinstance(beta, (list, tuple)) else [beta]
+    mask = mask if mask is not None else [None] * len(policy)
+    columns = zip(policy, reference, target, beta, mask, strict=True)
+    terms = [oracle_terms(*c, normalize is not None, layout == "interleaved") for c in columns]
+    margin, winner, present = (torch.stack(x) for x in zip(*terms, strict=True))
+    if logistic == "joint":
+        margin, present = margin.sum(0, keepdim=True), present.any(0, keepdim=True)
+    if objective == "sigmoid":
+        value = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(
+            -margin
+        )
+    else:
+        value = F.relu(1 - margin) if objective == "hinge" else (margin - 0.5) ** 2
+    weight = 1.0 if pair_weight is None else pair_weight.double()
+    loss = (present * weight * value).sum(0) + sft_weight * winner.sum(0)
+    return loss if reduction == "none" else loss.mean()
+
+
+def double(tensors, grad=False):
+    return [t.detach().double().requires_grad_(grad) for t in tensors]
+
+
+def loss_and_gradient(function, policy, *args, **options):
+    policy = [p.detach().requires_grad_() for p in policy]
+    loss = function(policy, *args, **options)
+    weights = torch.linspace(1.0, 2.0, loss.numel(), device=loss.device).view_as(loss)
+    (loss * weights.to(loss.dtype)).sum().backward()
+    return loss.detach(), [p.grad for p in policy]
+
+
+def assert_matches_oracle(impl, policy, reference, target, **options):
+    """Loss to 1e-6 (and what a rounding of e(p) − e(r) weighs in the margin), gradient to 1e-5."""
+    loss, grads = loss_and_gradient(dpo_loss, policy, reference, target, impl=impl, **options)
+    exact, exact_grads = loss_and_gradient(
+        oracle, double(policy), double(reference), double(target), **options
+    )
+    eps = torch.finfo(torch.float32).eps
+    beta = options["beta"] if isinstance(options["beta"], (list, tuple)) else [options["beta"]]
+    rounding = 0.0
+    for b, p, r, y in zip(beta, policy, reference, target, strict=True):
+        p, r, y = p.double(), r.double(), y.double()
+        gain = ((p - r) * (p + r - 2 * y)).reshape(len(p), -1).mean(1)
+        rounding += b * eps * gain.abs().max().item()
+    assert ((loss - exact).abs() <= 1e-6 * exact.abs() + rounding).all(), (loss, exact)
+    for p, grad, exact_grad in zip(policy, grads, exact_grads, strict=True):
+        assert grad.dtype == p.dtype
+        budget = exact_grad + 1e-5 * exact_grad.abs().max()
+        assert_within_budget(grad, exact_grad, baseline=budget)
+
+
+# ---------------------------------------------------------------- every option against the truth
+
+MASK = (torch.arange(20).reshape(4, 5) % 3 > 0).float()[:, None] * 0.7
+OPTIONS = {
+    "plain": {},
+    "separate": {"logistic": "separate", "sft_weight": 0.1},
+    "normalize": {"normalize": "reference", "logistic": "separate"},
+    "hinge": {"objective": "hinge"},
+    "ipo": {"objective": "ipo", "normalize": "reference"},
+    "smoothing": {"label_smoothing": 0.2, "reduction": "none"},
+    "interleaved": {"layout": "interleaved", "reduction": "none", "sft_weight": 0.5},
+    "weight": {"pair_weight": torch.tensor([0.0, 2.5]), "reduction": "none", "sft_weight": 1.0},
+    "mask": {"mask": [MASK, None], "sft_weight": 1.0, "normalize": "reference"},
+    "mask_bool": {"mask": [MASK > 0, torch.arange(7) > 3], "layout": "interleaved"},
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_option_matches_the_oracle(impl, device, option, dtype):
+    options = {
+        name: [x if x is None else x.to(device) for x in value]
+        if name == "mask"
+        else value.to(device)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in OPTIONS[option].items()
+    }
+    inputs = predictions(*SHAPES, dtype=dtype, device=device)
+    assert_matches_oracle(impl, *inputs, beta=[2.0, 0.5], **options)
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-2])
+@pytest.mark.parametrize("beta", [5.0, 5000.0])
+def test_keeps_its_digits_where_policy_and_reference_agree(impl, device, gap, beta):
+    inputs = predictions((6, 16, 32), gap=gap, device=device)
+    loss, _ = loss_and_gradient(dpo_loss, *inputs, beta=beta, impl=impl)
+    exact, _ = loss_and_gradient(oracle, *map(double, inputs), beta=beta)
+    assert abs(loss - exact) <= 1e-6 * exact
+
+
+def test_a_policy_that_equals_its_reference_gives_log_two(impl, device):
+    policy, _, target = predictions((4, 9), device=device)
+    loss, (grad,) = loss_and_gradient(dpo_loss, policy, policy, target, beta=3000.0, impl=impl)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-7)
+    assert grad.abs().max() > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pairs=st.integers(1, 3),
+    shapes=st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=3),
+    strides=st.lists(st.sampled_from(LAYOUTS), min_size=9, max_size=9),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    options=st.fixed_dictionaries(
+        {
+            "layout": st.sampled_from(["halves", "interleaved"]),
+            "logistic": st.sampled_from(["joint", "separate"]),
+            "normalize": st.sampled_from([None, "reference"]),
+            "reduction": st.sampled_from(["mean", "none"]),
+            "sft_weight": st.sampled_from([0.0, 0.3]),
+            "label_smoothing": st.sampled_from([0.0, 0.1]),
+        }
+    ),
+)
+def test_any_shape_and_stride(impl, device, pairs, shapes, strides, dtype, options):
+    shapes = [(2 * pairs, *shape) for shape in shapes]
+    inputs = predictions(*shapes, dtype=dtype, device=device)
+    layouts = iter(strides)
+    inputs = [[restride(x, next(layouts)) for x in tensors] for tensors in inputs]
+    # An error of a single element may be near 0; dividing by it makes any margin.
+    options["normalize"] = options["normalize"] if math.prod(shapes[0][1:]) > 8 else None
+    assert_matches_oracle(impl, *inputs, beta=[1.0] * len(shapes), **options)
+
+
+def test_gradcheck():
+    inputs = predictions(*SHAPES)
+    policy, reference, target = (double(tensors) for tensors in inputs)
+    for p in policy:
+        p.requires_grad_()
+    for options in OPTIONS.values():
+        assert torch.autograd.gradcheck(
+            lambda *p, o=options: dpo_loss(p, reference, target, beta=[2.0, 0.5], **o), policy
+        )
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_only_what_asks_gets_a_gradient(impl, device, wanted):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    _, everything = loss_and_gradient(dpo_loss, policy, reference, target, beta=[1, 2], impl=impl)
+    policy = [p.requires_grad_(w) for p, w in zip(policy, wanted, strict=True)]
+    loss = dpo_loss(policy, reference, target, beta=[1, 2], impl=impl)
+    assert loss.requires_grad == any(wanted)
+    if any(wanted):
+        loss.backward()
+    for p, grad, w in zip(policy, everything, wanted, strict=True):
+        assert torch.equal(p.grad, grad) if w else p.grad is None
+
+
+def test_the_same_bits_on_every_run(impl, device):
+    inputs = predictions((4, 3000), (4, 700), dtype=torch.bfloat16, device=device)
+    runs = [loss_and_gradient(dpo_loss, *inputs, beta=[9, 9], impl=impl) for _ in range(3)]
+    for loss, grads in runs[1:]:
+        assert torch.equal(loss, runs[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1], strict=True))
+
+
+# ---------------------------------------------------------------- the formulas of the trainers
+
+
+def diffusion_dpo(policy, reference, target, beta):
+    own = (policy - target).pow(2).mean(dim=[1, 2])
+    other = (reference - target).pow(2).mean(dim=[1, 2])
+    (own_win, own_lose), (other_win, other_lose) = own.chunk(2), other.chunk(2)
+    return -0.5 * beta * ((own_win - own_lose) - (other_win - other_lose))
+
+
+@pytest.fixture
+def trained(device):
+    """One modality, in which policy and reference are close enough for any β."""
+    return [x[0] for x in predictions((6, 4, 8), gap=1e-3, device=device)]
+
+
+def test_equals_diffusion_dpo(impl, trained):
+    expected = -F.logsigmoid(diffusion_dpo(*[x.double() for x in trained], 5000)).mean()
+    actual = dpo_loss(*trained, beta=5000, impl=impl)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "hinge", "ipo"])
+def test_equals_the_form_without_the_half_at_twice_the_beta(impl, trained, objective):
+    beta = 5.0
+    ratio = diffusion_dpo(*[x.double() for x in trained], 2.0)
+    expected = {
+        "sigmoid": -F.logsigmoid(beta * ratio),
+        "hinge": torch.relu(1 - beta * ratio),
+        "ipo": beta**2 * (ratio - 1 / (2 * beta)) ** 2,
+    }[objective].mean()
+    actual = dpo_loss(*trained, beta=2 * beta, objective=objective, impl=impl)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_equals_av_dpo(impl, device):
+    policy, reference, target = predictions((4, 3, 5), (4, 7, 2), gap=1e-3, device=device)
+    expected = 0.0
+    for p, r, y, beta in zip(policy, reference, target, (3000, 1000), strict=True):
+        p, r, y = p.double(), r.double(), y.double()
+        winner = (p - y).square().mean((1, 2)).chunk(2)[0]
+        expected += (-F.logsigmoid(diffusion_dpo(p, r, y, beta)) + 0.1 * winner).mean()
+    actual = dpo_loss(policy, reference, target, beta=(3000, 1000), logistic="separate",
+                      sft_weight=0.1, impl=impl)  # fmt: skip
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_interleaved_pairs_equal_halves(impl, device):
+    policy, reference, target = predictions((6, 4, 8), device=device)
+    order = torch.tensor([0, 3, 1, 4, 2, 5], device=device)
+    mixed = [x[0][order] for x in (policy, reference, target)]
+    halves = dpo_loss(policy, reference, target, beta=3.0, reduction="none", impl=impl)
+    other = dpo_loss(*mixed, beta=3.0, layout="interleaved", reduction="none", impl=impl)
+    torch.testing.assert_close(other, halves, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [None, "reference"])
+def test_precomputed_reference_errors(impl, device, normalize):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    errors = [(r - y).square().flatten(1).mean(1) for r, y in zip(reference, target, strict=True)]
+    options = {"beta": [1.0, 2.0], "normalize": normalize, "sft_weight": 0.2}
+    expected = loss_and_gradient(oracle, *map(double, (policy, reference, target)), **options)
+    both = {"reference_error": torch.stack(errors), "impl": impl}
+    loss, grads = loss_and_gradient(dpo_loss, policy, None, target, **both, **options)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=2e-6, atol=0)
+    for grad, exact in zip(grads, expected[1], strict=True):
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+    one = dpo_loss(policy[0], None, target[0], beta=1.0, reference_error=errors[0], impl=impl)
+    exact = oracle(*(double(x[:1]) for x in (policy, reference, target)), beta=1.0)
+    torch.testing.assert_close(one.double(), exact, rtol=2e-6, atol=0)
+
+
+# ---------------------------------------------------------------- rebuilt targets
+
+
+@pytest.mark.parametrize("layout", ["halves", "interleaved"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("strides", LAYOUTS)
+def test_rebuilt_targets_equal_materialised_ones(impl, device, layout, sign, shared, strides):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    seed = torch.tensor([-3, 2**40 + 1], device=device)
+    clean = torch.randn(2 if shared else 4, 3, 5, device=device)
+
+    def pairs(x):
+        return x.repeat_interleave(2, 0) if layout == "interleaved" else torch.cat([x, x])
+
+    e = noise((2, 3, 5), seed, stream=7, impl=impl)
+    target[0] = sign * (pairs(e) - (pairs(clean) if shared else clean))
+    rebuilt = [Velocity(restride(clean, strides), seed, stream=7, sign=sign), target[1]]
+    options = {"beta": [1.0, 2.0], "layout": layout, "sft_weight": 0.3, "impl": impl}
+    expected = loss_and_gradient(dpo_loss, policy, reference, target, **options)
+    actual = loss_and_gradient(dpo_loss, policy, reference, rebuilt, **options)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=0)
+    for a, b in zip(actual[1], expected[1], strict=True):
+        assert ((a - b).abs() <= 1e-5 * b.abs().max()).all()
+
+
+def test_velocity_undoes_paired_noise(impl, device):
+    """x_t − σ·v is the clean sample: the loss of that perfect velocity is only rounding."""
+    seed = torch.tensor([1, 2], device=device)
+    win, lose = torch.randn(2, 2, 33, device=device)
+    sigma = torch.tensor([0.25, 0.75], device=device)
+    noisy = paired_noise(win, lose, sigma, seed, stream=1, impl=impl)
+    clean = torch.cat([win, lose])
+    velocity = (noisy - clean) / sigma.repeat(2)[:, None]
+    _, stats = dpo_loss(velocity, clean, Velocity(clean, seed, stream=1), beta=1.0,
+                        return_stats=True, impl=impl)  # fmt: skip
+    assert stats.policy_win.max() < 1e-11
+    assert stats.policy_lose.max() < 1e-11
+
+
+# ---------------------------------------------------------------- statistics, masks, infinities
+
+
+def test_stats_are_the_pass_seen_from_inside(impl, device):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    weight = torch.tensor([1.0, 0.0], device=device)
+    policy[0].requires_grad_()
+    options = {"beta": [1.0, 2.0], "pair_weight": weight, "impl": impl}
+    loss, stats = dpo_loss(policy, reference, target, return_stats=True, **options)
+    assert torch.equal(loss, dpo_loss(policy, reference, target, **options))
+    assert not any(x.requires_grad for x in stats)
+    for m, (p, r, y) in enumerate(zip(policy, reference, target, strict=True)):
+        own, other = (((x - y).double() ** 2).flatten(1).mean(1).detach() for x in (p, r))
+        halves = (*own.chunk(2), *other.chunk(2))
+        for value, exact in zip(stats[2:], halves, strict=True):
+            torch.testing.assert_close(value[m].double(), exact, rtol=1e-6, atol=0)
+        gap = (halves[0] - halves[1]) - (halves[2] - halves[3])
+        torch.testing.assert_close(stats.margin[m].double(), -0.5 * (m + 1) * gap,
+                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+    assert torch.equal(stats.weight, weight)
+    assert stats.implicit_accuracy == (stats.margin.sum(0)[0] > 0).float()
+    assert torch.equal(stats.modality_accuracy, (stats.margin[:, 0] > 0).float())
+
+
+def test_a_margin_of_zero_counts_half(impl, device):
+    policy, _, target = predictions((4, 6), device=device)
+    _, stats = dpo_loss(policy, policy, target, beta=1.0, return_stats=True, impl=impl)
+    assert stats.implicit_accuracy == 0.5
+
+
+@pytest.mark.parametrize("logistic", ["joint", "separate"])
+@pytest.mark.parametrize("normalize", [None, "reference"])
+def test_masks_that_select_nothing_weigh_nothing(impl, device, logistic, normalize):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    mask = [torch.ones(4, 1, 1, device=device), torch.ones(4, 1, device=device)]
+    mask[0][0] = mask[0][3] = mask[1][1] = 0  # video gone from both pairs, audio from the second
+    policy[0][0] = torch.nan
+    options = {"beta": [1.0, 2.0], "mask": mask, "logistic": logistic, "normalize": normalize}
+    policy = [p.requires_grad_() for p in policy]
+    loss, stats = dpo_loss(
+        policy, reference, target, return_stats=True, reduction="none", impl=impl, **options
+    )
+    loss.sum().backward()
+    assert torch.equal(stats.weight.cpu(), torch.tensor([1.0, 0.0]))
+    assert stats.policy_win[0, 0] == 0
+    assert loss[1] == 0
+    audio = [x[1][[0, 2]].detach() for x in (policy, reference, target)]
+    alone = dpo_loss(*audio, beta=2.0, normalize=normalize, impl=impl)
+    torch.testing.assert_close(loss[0], alone, rtol=1e-6, atol=0)
+    assert (policy[0].grad == 0).all()
+    assert (policy[1].grad[[1, 3]] == 0).all()
+    assert (policy[1].grad[[0, 2]] != 0).any()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("objective", ["sigmoid", "hinge", "ipo"])
+def test_a_policy_that_is_not_finite_never_gives_a_number(impl, device, value, row, objective):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    policy[0][row, 1, 2] = value
+    loss = dpo_loss(policy, reference, target, beta=[1, 1], objective=objective, impl=impl)
+    assert not loss.isfinite()
+
+
+# ---------------------------------------------------------------- the public door
+
+
+def call():
+    policy, reference, target = predictions(*SHAPES)
+    return {"policy": policy, "reference": reference, "target": target, "beta": [1.0, 2.0]}
+
+
+ONE, SEED = torch.zeros(4, 3, 5), torch.arange(2)
+AUDIO = torch.zeros(4, 7)
+BAD_INPUTS = {
+    "odd_batch": ({"policy": [torch.zeros(3, 2)] * 2}, ValueError, r"policy\[0\].*2B.*\[3, 2\]"),
+    "no_pair": ({"policy": [torch.zeros(0, 2)] * 2}, ValueError, r"policy\[0\].*B > 0.*\[0, 2\]"),
+    "empty_axis": ({"policy": [torch.zeros(4, 0)] * 2}, ValueError, r"policy\[0\].*\[4, 0\]"),
+    "no_modality": (
+        {"policy": [], "reference": [], "target": [], "beta": []}, ValueError, r"policy.*empty"
+    ),
+    "batches": ({"policy": [ONE, AUDIO[:2]]}, ValueError, r"policy\[1\].*\[4, …\].*\[2, 7\]"),
+    "dtype": ({"policy": [ONE.long(), AUDIO]}, TypeError, r"policy\[0\].*float32.*int64"),
+    "mixed_float64": ({"policy": [ONE.double(), AUDIO]}, TypeError, r"float64.*float32"),
+    "kind": ({"policy": [ONE, 3]}, TypeError, r"policy\[1\].*tensor.*int"),
+    "reference_shape": ({"reference": [ONE, ONE]}, ValueError, r"reference\[1\].*\[4, 7\].*3, 5\]"),
+    "reference_count": ({"reference": ONE}, ValueError, r"reference.*\(2\).*1"),
+    "reference_missing": ({"reference": None}, ValueError, r"reference.*reference_error.*neither"),
+    "reference_twice": ({"reference_error": torch.zeros(2, 4)}, ValueError, r"reference.*both"),
+    "reference_error": (
+        {"reference": None, "reference_error": torch.zeros(4)}, ValueError,
+        r"reference_error.*\[2, 4\].*\[4\]",
+    ),
+    "target_device": ({"target": [ONE.to("meta"), AUDIO]}, ValueError, r"target\[0\].*cpu.*meta"),
+    "beta_count": ({"beta": [1.0, 2.0, 3.0]}, ValueError, r"beta.*\(2\).*3"),
+    "beta_single": ({"beta": 1.0}, ValueError, r"beta.*\(2\).*1"),
+    "mask_shape": ({"mask": [torch.ones(4, 2, 5), None]}, ValueError, r"mask\[0\].*\[4, 3, 5\]"),
+    "mask_dtype": ({"mask": [ONE.long(), None]}, TypeError, r"mask\[0\].*bool.*int64"),
+    "mask_count": ({"mask": [None]}, ValueError, r"mask.*\(2\).*1"),
+    "pair_weight": ({"pair_weight": torch.ones(4)}, ValueError, r"pair_weight.*\[2\].*\[4\]"),
+    "objective": ({"objective": "dpo"}, ValueError, r"objective.*'sigmoid'.*'dpo'"),
+    "logistic": ({"logistic": "both"}, ValueError, r"logistic.*'joint'.*'both'"),
+    "normalize": ({"normalize": "policy"}, ValueError, r"normalize.*'reference'.*'policy'"),
+    "layout": ({"layout": "chunk"}, ValueError, r"layout.*'halves'.*'chunk'"),
+    "reduction": ({"reduction": "sum"}, ValueError, r"reduction.*'mean'.*'sum'"),
+    "impl": ({"impl": "cuda"}, ValueError, r"impl.*'auto'.*'cuda'"),
+    "smoothing": ({"label_smoothing": 0.6}, ValueError, r"label_smoothing.*0\.5.*0\.6"),
+    "smoothing_hinge": (
+        {"label_smoothing": 0.1, "objective": "hinge"}, ValueError, r"label_smoothing.*'hinge'"
+    ),
+    "clean_shape": (
+        {"target": [Velocity(ONE[:3], SEED), AUDIO]}, ValueError,
+        r"target\[0\]\.clean.*\[4, 3, 5\] or \[2, 3, 5\].*\[3, 3, 5\]",
+    ),
+    "seed_dtype": (
+        {"target": [Velocity(ONE, SEED.float()), AUDIO]}, TypeError, r"target\[0\]\.seed.*int64"
+    ),
+    "seed_length": (
+        {"target": [Velocity(ONE, torch.arange(4)), AUDIO]}, ValueError,
+        r"target\[0\]\.seed.*\[2\].*\[4\]",
+    ),
+    "stream": ({"target": [Velocity(ONE, SEED, -1), AUDIO]}, ValueError, r"target\[0\]\.stream"),
+    "sign": ({"target": [Velocity(ONE, SEED, 0, 2), AUDIO]}, ValueError, r"target\[0\]\.sign.*2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs_say_what_was_expected(case):
+    change, error, message = BAD_INPUTS[case]
+    arguments = call() | change
+    positional = [arguments.pop(name) for name in ("policy", "reference", "target")]
+    with pytest.raises(error, match=message):
+        dpo_loss(*positional, **arguments)
+
+
+def test_a_kernel_cannot_be_asked_for_where_it_cannot_run(device):
+    if device == "cuda" or INTERPRETED:
+        pytest.skip("it can run here")
+    with pytest.raises(ValueError, match=r"impl.*CUDA.*cpu.*TRITON_INTERPRET"):
+        dpo_loss(ONE, ONE, ONE, beta=1.0, impl="kernel")
+
+
+# ---------------------------------------------------------------- registration
+
+
+def op_arguments(impl, device, **changes):
+    """The registered op's arguments: a rebuilt and a materialised target, masks, statistics."""
+    policy, reference, target = predictions(*SHAPES, device=device)
+    policy = [p.requires_grad_() for p in policy]
+    seed = [torch.arange(2, device=device), None]
+    mask = [torch.ones(4, 1, 5, device=device), None]
+    weight = torch.ones(2, device=device)
+    options = {"beta": [1.0, 2.0], "stream": [0, 0], "sign": [1, 0], "objective": "sigmoid",
+               "separate": False, "normalize": True, "sft_weight": 0.1, "label_smoothing": 0.1,
+               "interleaved": False, "mean": True, "stats": True, "impl": impl}  # fmt: skip
+    options |= changes
+    return (policy, reference, target, seed, mask, None, weight, *options.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"mean": False, "stats": False, "interleaved": True}])
+def test_opcheck(impl, device, changes):
+    torch.library.opcheck(torch.ops.syncdpo.dpo_loss, op_arguments(impl, device, **changes))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(device, dynamic):
+    torch._dynamo.reset()
+
+    def step(policy, reference, clean, seed, target):
+        loss, stats = dpo_loss(
+            [p * 1.5 for p in policy], reference, [Velocity(clean, seed), target],
+            beta=(2.0, 3.0), sft_weight=0.1, return_stats=True,
+        )  # fmt: skip
+        return loss, stats.implicit_accuracy
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for batch in (4, 6) if dynamic else (4,):
+        shapes = [(batch, *shape[1:]) for shape in SHAPES]
+        results = []
+        for function in (step, compiled):
+            policy, reference, target = predictions(*shapes, device=device)
+            policy = [p.requires_grad_() for p in policy]
+            seed = torch.arange(batch // 2, device=device)
+            loss, accuracy = function(policy, reference, target[0], seed, target[1])
+            loss.backward()
+            results.append([loss.detach(), accuracy, *(p.grad for p in policy)])
+        torch.testing.assert_close(*results)

@@ -1,0 +1,31 @@
+"""Every test marked `kernel`, without a GPU: in a process where Triton interprets its kernels."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("[a-z]*.py"))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_in_the_interpreter(kernel):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    options = ["-q", "-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, HERE / f"test_{kernel}.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert re.search(r"\b[1-9]\d* passed", result.stdout), result.stdout
+    assert "skipped" not in result.stdout, result.stdout

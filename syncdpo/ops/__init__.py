@@ -2,5 +2,15 @@
 
 from .dpo_loss import DPOStats, Velocity, dpo_loss
 from .paired_noise import noise, paired_noise
+from .temporal_warp import scale, shift, warp
 
-__all__ = ["DPOStats", "Velocity", "dpo_loss", "noise", "paired_noise"]
+__all__ = [
+    "DPOStats",
+    "Velocity",
+    "dpo_loss",
+    "noise",
+    "paired_noise",
+    "scale",
+    "shift",
+    "warp",
+]

@@ -1,0 +1,358 @@
+"""Latent caches: every clip is encoded once, training reads tensors.
+
+A cache is a folder with one safetensors file per clip under `latents/` and an `index.json` that
+lists them together with the identity of the model that encoded them. Each file carries its own
+record (source, caption, flags) in its header, so the files alone say what is done: the index is
+derived from them and may be rebuilt at any time, by any process.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from syncdpo.data.captions import caption_of
+from syncdpo.data.clips import Clip, ClipError, list_clips, read_clip
+from syncdpo.data.files import canonical_json, digest, remove_leftovers, write_atomic
+from syncdpo.data.winners import winner_flags
+
+FORMAT = 1
+INDEX = "index.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass
+class PrepareSummary:
+    """What one process did: clips made, kept from before, and left out, with reasons."""
+
+    made: int = 0
+    kept: int = 0
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    flagged: list[tuple[Path, str]] = field(default_factory=list)
+    without_caption: list[Path] = field(default_factory=list)
+
+    @property
+    def usable(self) -> int:
+        return self.made + self.kept
+
+    def __str__(self) -> str:
+        lines = [f"{self.usable} clips in the cache ({self.made} made, {self.kept} kept)"]
+        for title, rows in (("skipped", self.skipped), ("flagged", self.flagged)):
+            if rows:
+                lines.append(f"{len(rows)} {title}:")
+                lines += [f"  {path}: {reason}" for path, reason in rows]
+        if self.without_caption:
+            lines.append(f"{len(self.without_caption)} without a caption:")
+            lines += [f"  {path}" for path in self.without_caption]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One clip to encode: where it is, what it is called, and where its latents go."""
+
+    path: Path
+    source: str
+    caption: str | None
+    target: Path
+
+    def record(self, identity: str) -> dict:
+        """What a finished file says about its origin; a file that says otherwise is stale."""
+        stat = self.path.stat()
+        return {
+            "format": FORMAT,
+            "identity": identity,
+            "source": self.source,
+            "caption": self.caption,
+            "bytes": stat.st_size,
+            "modified_ns": stat.st_mtime_ns,
+        }
+
+
+def prepare(
+    model,
+    clips: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    captions: Mapping[str, str] | None = None,
+    strict: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> PrepareSummary:
+    """Encodes clips by `model.encode(clip, caption)` into the cache `out`.
+
+    clips: a folder, or files; a clip is known by its path relative to their common folder.
+    captions: {relative path: caption} (see `read_captions`); None where the model needs none.
+    strict: leaves out clips that `winner_flags` finds fault with; else they are only reported.
+    shard: (rank, world): this process takes every world-th clip; all name the same `out`.
+
+    A file appears under its name only when it is whole, and what is there and whole is not done
+    again: a run that was killed at any point is resumed by the same call, and ends with the same
+    bytes. Unusable clips are skipped with their reason. Raises ValueError where `out` belongs to
+    another model or no clip can be used, OSError (ENOSPC) where the disk is full.
+    """
+    rank, world = _check_shard(shard)
+    out = Path(out)
+    identity = model.identity()
+    items = _list_items(clips, captions, out)
+    _claim(out, identity)
+
+    summary = PrepareSummary()
+    mine = items[rank::world]
+    remove_leftovers(out / "latents", {item.target.name for item in mine})
+    if captions is not None:
+        summary.without_caption = [item.path for item in mine if item.caption is None]
+    try:
+        pending = [item for item in mine if not _keep(item, identity, strict, summary)]
+        with tqdm(
+            total=len(mine),
+            initial=len(mine) - len(pending),
+            disable=not progress,
+            desc="prepare",
+            unit="clip",
+        ) as bar:
+            for item, clip in _decode_ahead(pending, model.clip_format):
+                _encode(model, item, clip, identity, strict, summary)
+                bar.update()
+        _write_index(out, identity, items, strict)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full after {summary.usable} of {len(mine)} clips; "
+            "free some space and run the same command again, it goes on from there",
+            str(out),
+        ) from error
+    if mine and not summary.usable:
+        raise ValueError(f"clips: none of {len(mine)} can be used\n{summary}")
+    return summary
+
+
+class LatentDataset(Dataset):
+    """The cache `folder` as a dataset: item i is {name: tensor} as `model.encode` returned it.
+
+    Clips are ordered by their source's name, whoever prepared them and in whichever order.
+    `identity`: `model.identity()`; a cache of another VAE, text encoder or clip format raises
+    ValueError naming what differs. Tensors are read from safetensors; nothing is unpickled.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict | None = None):
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        if index is None:
+            raise ValueError(
+                f"folder: expected a latent cache with an {INDEX}, got {self.folder}; "
+                "make one with `syncdpo prepare`"
+            )
+        if identity is not None:
+            _check_identity(self.folder, index["identity"], identity)
+        self.identity: dict = index["identity"]
+        self.clips: list[dict] = index["clips"]
+        if not self.clips:
+            raise ValueError(
+                f"folder: {self.folder} lists no clips; `syncdpo prepare` has not finished there"
+            )
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        path = self.folder / "latents" / self.clips[index]["file"]
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} is missing or damaged ({error}); run `syncdpo prepare` again"
+            ) from error
+
+
+# --- one clip -------------------------------------------------------------------------------------
+
+
+def _keep(item: _Item, identity: dict, strict: bool, summary: PrepareSummary) -> bool:
+    """Whether the clip's latents are there and whole, from this very source and model."""
+    found = _stored_record(item.target)
+    if found is None or not item.path.is_file():
+        return False
+    flags = found.pop("flags")
+    if found != item.record(digest(identity)):
+        return False
+    if not _report(item, flags, strict, summary):
+        summary.kept += 1
+    return True
+
+
+def _encode(
+    model, item: _Item, clip: Future, identity: dict, strict: bool, summary: PrepareSummary
+) -> None:
+    try:
+        decoded: Clip = clip.result()
+    except ClipError as error:
+        summary.skipped.append((item.path, error.reason))
+        return
+    flags = winner_flags(decoded, item.path)
+    if _report(item, flags, strict, summary):
+        return
+    tensors = model.encode(decoded, item.caption or "")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        summary.skipped.append((item.path, f"its {', '.join(broken)} came out NaN or infinite"))
+        return
+    record = item.record(digest(identity)) | {"flags": flags}
+    # One metadata key only: the header's order, so the file's bytes, never depend on hashing.
+    write_atomic(item.target, save(tensors, metadata={"syncdpo": canonical_json(record)}))
+    summary.made += 1
+
+
+def _report(item: _Item, flags: list[str], strict: bool, summary: PrepareSummary) -> bool:
+    """Notes the winner's faults; True where they leave the clip out."""
+    if flags:
+        (summary.skipped if strict else summary.flagged).append((item.path, "; ".join(flags)))
+    return bool(flags) and strict
+
+
+def _decode_ahead(items: list[_Item], clip_format, ahead: int = 2) -> Iterator:
+    """(item, future clip) in order; a thread decodes `ahead` clips while the model encodes."""
+    with ThreadPoolExecutor(1) as pool:
+        queue: deque[tuple[_Item, Future]] = deque()
+        for item in items:
+            queue.append((item, pool.submit(_decode, item.path, clip_format)))
+            if len(queue) > ahead:
+                yield queue.popleft()
+        while queue:
+            yield queue.popleft()
+
+
+def _decode(path: Path, clip_format) -> Clip:
+    return read_clip(
+        path,
+        seconds=clip_format.seconds,
+        fps=clip_format.fps,
+        size=(clip_format.height, clip_format.width),
+        sample_rate=clip_format.sample_rate,
+        channels=clip_format.channels,
+        require_sound=True,
+    )
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def _list_items(clips, captions: Mapping[str, str] | None, out: Path) -> list[_Item]:
+    if isinstance(clips, (str, Path)):
+        root = Path(clips)
+        if not root.is_dir():
+            raise ValueError(f"clips: expected a folder of clips, got {root}")
+        paths = list_clips(root)
+    else:
+        paths = sorted(Path(path) for path in clips)
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    if not paths:
+        raise ValueError(f"clips: no clips found in {clips}")
+    items = []
+    for path in paths:
+        source = path.relative_to(root).as_posix()
+        caption = caption_of(source, captions) if captions is not None else None
+        items.append(_Item(path, source, caption, out / "latents" / _file_name(source)))
+    return sorted(items, key=lambda item: item.source)
+
+
+def _file_name(source: str) -> str:
+    """Readable and unique: the source's stem, and a hash of its whole relative path."""
+    stem = "".join(c if c.isalnum() else "-" for c in Path(source).stem)[:40]
+    return f"{stem}-{hashlib.blake2b(source.encode(), digest_size=6).hexdigest()}.safetensors"
+
+
+def _claim(out: Path, identity: dict) -> None:
+    """Makes the cache's folder the model's own, or refuses another model's."""
+    (out / "latents").mkdir(parents=True, exist_ok=True)
+    index = _read_index(out)
+    if index is not None:
+        _check_identity(out, index["identity"], identity)
+    else:
+        content = {"format": FORMAT, "identity": identity, "clips": []}
+        write_atomic(out / INDEX, canonical_json(content).encode())
+
+
+def _write_index(out: Path, identity: dict, items: list[_Item], strict: bool) -> None:
+    """Lists the finished files of all processes.
+
+    Lock-free: whoever writes looks again afterwards, and writes again where a file has come in
+    between. So the last index written lists every file that was finished before it, and a process
+    that finishes a file later writes an index later.
+    """
+    ours, written = digest(identity), None
+    while True:
+        records = [_stored_record(item.target) for item in items]
+        listed = [
+            {"file": item.target.name, **{key: r[key] for key in ("source", "caption", "flags")}}
+            for item, r in zip(items, records, strict=True)
+            if r is not None and r["identity"] == ours and not (strict and r["flags"])
+        ]
+        if listed == written:
+            return
+        content = {"format": FORMAT, "identity": identity, "clips": listed}
+        write_atomic(out / INDEX, canonical_json(content, indent=1).encode())
+        written = listed
+
+
+def _read_index(folder: Path) -> dict | None:
+    try:
+        text = (folder / INDEX).read_text("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        index = json.loads(text)
+        found = index["format"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX} is not the index of a latent cache") from error
+    if found != FORMAT:
+        raise ValueError(f"{folder}: expected a cache of format {FORMAT}, got {found}")
+    return index
+
+
+def _check_identity(folder: Path, cached: dict, model: dict) -> None:
+    """Compares as JSON does: a tuple and a list, an int and a float of one value are the same."""
+    cached, model = (json.loads(canonical_json(identity)) for identity in (cached, model))
+    different = [
+        f"{key} is {cached.get(key, 'not recorded')} in the cache, {model.get(key, 'none')} here"
+        for key in sorted(cached.keys() | model.keys())
+        if cached.get(key) != model.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} was prepared with another model: {'; '.join(different)}. "
+            "Prepare the clips into another folder."
+        )
+
+
+def _stored_record(path: Path) -> dict | None:
+    """The record in a latent file's header; None where there is no whole file of this format."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("syncdpo", "null"))
+    except (FileNotFoundError, SafetensorError, json.JSONDecodeError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+
+
+def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise ValueError(f"shard: expected (rank, world) with 0 <= rank < world, got {shard}")
+    return rank, world

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from syncdpo.ops.segment_replace import Segments, replace_segments
-from syncdpo.ops.temporal_warp import warp
+from syncdpo.ops.temporal_warp import resample
 from syncdpo.timeline import Timeline
 
 RULES = ("shift", "scale", "warp", "replace")
 SHIFT, SCALE, WARP, REPLACE = range(len(RULES))
+PER_SAMPLE = ("knots", "start", "length", "donor_start", "duration", "rule")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Distortion:
         start, length, donor_start: [B] float32 seconds; length 0 where nothing is replaced.
         duration: [B] float32 seconds.
         rule: [B] int64, an index of `RULES`.
-        boundary: what a warp reads outside the clip, see `syncdpo.ops.warp`.
+        boundary: what a warp reads outside the clip: "edge" (its first or last frame), "wrap"
+            (the clip again) or "reflect" (the clip backwards).
         crossfade: seconds of blend at the seams of a replaced segment.
         warps, replaces: whether any sample may be warped, or have a segment replaced.
     """
@@ -41,6 +43,9 @@ class Distortion:
     crossfade: float = 0.0
     warps: bool = True
     replaces: bool = True
+
+    def __getitem__(self, samples: Tensor | slice) -> Distortion:
+        return replace(self, **{name: getattr(self, name)[samples] for name in PER_SAMPLE})
 
     @property
     def displacement(self) -> Tensor:
@@ -88,13 +93,21 @@ class Distortion:
     def _warp(self, x: Tensor, timeline: Timeline) -> Tensor:
         frame = torch.arange(timeline.frames, device=x.device, dtype=torch.float32)
         output = timeline.seconds(frame)
-        source = output + self._displacement_at(output)
+        source = self._inside(output + self._displacement_at(output), timeline.duration)
         delta = timeline.position(source) - timeline.position(output)
         whole = delta.round()
         rounding = timeline.frames * 2.0**-20
         delta = torch.where((delta - whole).abs() <= rounding, whole, delta)
-        frames = timeline.frames
-        return warp(x, frame + delta, dim=timeline.dim, frames=frames, boundary=self.boundary)
+        return resample(x, frame + delta, dim=timeline.dim, frames=timeline.frames)
+
+    def _inside(self, source: Tensor, duration: float) -> Tensor:
+        """The boundary, in seconds: frames of unequal length would put streams out of step."""
+        if self.boundary == "edge":
+            return source.clamp(0, duration)
+        if self.boundary == "wrap":
+            return source - duration * (source / duration).floor()
+        mirrored = duration - (duration - source.remainder(2 * duration)).abs()
+        return torch.where((source >= 0) & (source <= duration), source, mirrored)
 
     def _displacement_at(self, output: Tensor) -> Tensor:
         """Source time minus output time, [B, T], at output times [T]."""
@@ -142,12 +155,11 @@ def output_times(duration: Tensor, count: int) -> Tensor:
 def select(choice: Tensor, options: Sequence[Distortion]) -> Distortion:
     """For each sample the distortion of the option that `choice` [B] names."""
     sample = torch.arange(choice.shape[0], device=choice.device)
-    names = ("knots", "start", "length", "donor_start", "duration", "rule")
     warping = [option for option in options if option.warps]
     return Distortion(
         *(
             torch.stack([getattr(option, name) for option in options])[choice, sample]
-            for name in names
+            for name in PER_SAMPLE
         ),
         boundary=warping[0].boundary if warping else "wrap",
         crossfade=max(option.crossfade for option in options),

@@ -197,7 +197,7 @@ def warp(
         right = near.all(1) & (knots.diff(dim=1) >= 0).all(1)
         expected = f"finite, never falling and within one length of the clip's {length} frames"
         _check_values("knots", expected, knots, right)
-    return _resample(x, knots, dim, frames, boundary, impl)
+    return resample(x, knots, dim=dim, frames=frames, boundary=boundary, impl=impl)
 
 
 def scale(
@@ -224,7 +224,7 @@ def scale(
     last = (x.shape[dim] if frames is None else frames) - 1
     fixed = anchor * last
     knots = torch.stack([fixed - fixed * rate, fixed + (last - fixed) * rate], dim=1)
-    return _resample(x, knots, dim, frames, boundary, impl)
+    return resample(x, knots, dim=dim, frames=frames, boundary=boundary, impl=impl)
 
 
 def shift(
@@ -249,13 +249,19 @@ def shift(
         _check_values("offset", "finite", offset, offset.isfinite())
     last = (x.shape[dim] if frames is None else frames) - 1
     knots = torch.stack([-offset, last - offset], dim=1)
-    return _resample(x, knots, dim, frames, boundary, impl)
+    return resample(x, knots, dim=dim, frames=frames, boundary=boundary, impl=impl)
 
 
-def _resample(
-    x: Tensor, knots: Tensor, dim: int, frames: int | None, boundary: str, impl: str
+def resample(
+    x: Tensor,
+    knots: Tensor,
+    *,
+    dim: int = 1,
+    frames: int | None = None,
+    boundary: str = "edge",
+    impl: str = "auto",
 ) -> Tensor:
-    """`warp` behind the door: unpack the tokens and choose the way."""
+    """`warp` behind its checks, for callers inside the package: its knots may fall, too."""
     axis = dim % x.ndim
     whole_frames = x if frames is None else x.unflatten(axis, (frames, -1))
     kernel = check_impl(impl, x.device) == "kernel"

@@ -1,0 +1,390 @@
+// Frame-audio segment replacement: the parameters, and the arithmetic that host and device share.
+//
+// A stream is [B, ..., T, ...] in any layout. What the ops see is samples made of runs: the longest
+// stretches of bytes that lie contiguously in input and output alike. A run holds whole frames where
+// time is among its axes, else a part of one frame. Within a run, pieces of neighbouring frames are
+// kept, copied from a donor, or blended; a piece needs no look at single elements unless it blends.
+#pragma once
+
+#include <vector>
+
+#include "elements.h"
+
+namespace syncdpo {
+
+constexpr int kMaxDims = 8;
+
+struct Stream {
+  const char* in;
+  char* out;
+  char* scratch;  // in place: one byte per byte of the stream, for values read before overwritten
+  DType dtype;
+  bool in_place;
+  double rate;     // frames per second
+  int64_t fade;    // frames of crossfade at either seam
+  int64_t frames;  // T
+  int64_t in_frame;                 // bytes from one frame to the next
+  int64_t in_sample, out_sample;    // bytes from one sample to the next
+  int64_t samples, runs_per_sample;
+  int64_t run;                      // bytes of a run
+  int64_t frame;                    // bytes of a frame within a run
+  int64_t chunks_per_run;           // 16-byte chunks, aligned in the output, that a run can touch
+  int32_t outer_dims;               // the axes that are not part of a run, outermost first
+  int32_t time_dim;                 // which of them is time; -1: time is part of the run
+  int64_t size[kMaxDims], in_stride[kMaxDims], out_stride[kMaxDims];
+};
+
+// Seconds, [B, count], either all float or all double.
+struct Segments {
+  const void* start;
+  const void* length;
+  const int64_t* donor;
+  const void* donor_start;
+  int64_t count;
+  bool is_double;
+};
+
+// In place, values whose source is itself overwritten are staged first and written afterwards.
+enum class Phase { stage, write };
+
+// ---- From seconds to frames -------------------------------------------------------------------
+
+// i(t) = floor(t * rate + 0.5), in float64 and rounded twice, as PyTorch does.
+SYNCDPO_FN int64_t frame_at(double seconds, double rate) {
+#ifdef __CUDA_ARCH__
+  return static_cast<int64_t>(floor(__dadd_rn(__dmul_rn(seconds, rate), 0.5)));
+#else
+  return static_cast<int64_t>(std::floor(seconds * rate + 0.5));
+#endif
+}
+
+SYNCDPO_FN double seconds_at(const void* times, bool is_double, int64_t index) {
+  return is_double ? static_cast<const double*>(times)[index]
+                   : static_cast<double>(static_cast<const float*>(times)[index]);
+}
+
+// Frames [first, end) are overwritten by those of sample `donor` from `donor_first` on.
+struct Segment {
+  int64_t first, end, donor, donor_first;
+};
+
+SYNCDPO_FN Segment resolve(const Stream& stream, const Segments& segments, int64_t sample,
+                           int64_t row) {
+  const int64_t index = sample * segments.count + row;
+  const double start = seconds_at(segments.start, segments.is_double, index);
+  const double length = seconds_at(segments.length, segments.is_double, index);
+  const double donor_start = seconds_at(segments.donor_start, segments.is_double, index);
+  Segment segment;
+  segment.donor = segments.donor[index];
+  segment.first = frame_at(start, stream.rate);
+  segment.end = smaller(frame_at(start + length, stream.rate), stream.frames);
+  segment.donor_first = frame_at(donor_start, stream.rate);
+  int64_t count = larger<int64_t>(segment.end - segment.first, 0);
+  if (frame_at(donor_start + length, stream.rate) <= stream.frames)
+    // The donor's seconds fit: where rounding makes one frame too many of them, begin one earlier.
+    segment.donor_first = smaller(segment.donor_first, stream.frames - count);
+  else
+    count = larger<int64_t>(smaller(count, stream.frames - segment.donor_first), 0);
+  segment.end = segment.first + count;
+  return segment;
+}
+
+// Raised cosine over the first and the last `fade` frames of a segment; 1 between them.
+SYNCDPO_FN float weight_at(const Segment& segment, int64_t t, int64_t fade) {
+  const int64_t edge = smaller(t - segment.first, segment.end - 1 - t);
+  if (edge >= fade) return 1.0f;
+  const double phase = (static_cast<double>(edge) + 0.5) / static_cast<double>(fade);
+#ifdef __CUDA_ARCH__
+  return static_cast<float>(0.5 - 0.5 * cospi(phase));
+#else
+  return static_cast<float>(0.5 - 0.5 * std::cos(3.14159265358979323846 * phase));
+#endif
+}
+
+// ---- Pieces -----------------------------------------------------------------------------------
+
+enum class Kind { keep, copy, blend };
+
+// What happens to frames from the one asked for up to, not including, `until`.
+struct Piece {
+  Kind kind;
+  int64_t donor, shift;  // copy: from sample `donor`, `shift` frames on
+  int64_t until;
+};
+
+SYNCDPO_FN Piece find_piece(const Stream& stream, const Segments& segments, int64_t sample,
+                            int64_t t) {
+  Piece piece{Kind::keep, sample, 0, stream.frames};
+  for (int64_t row = 0; row < segments.count; ++row) {
+    const Segment segment = resolve(stream, segments, sample, row);
+    if (t >= segment.end) continue;
+    if (t < segment.first) {
+      if (segment.first < segment.end) piece.until = smaller(piece.until, segment.first);
+    } else if (smaller(t - segment.first, segment.end - 1 - t) < stream.fade) {
+      piece.kind = Kind::blend;
+      piece.until = t + 1;
+    } else {
+      piece = {Kind::copy, segment.donor, segment.donor_first - segment.first,
+               segment.end - stream.fade};
+    }
+  }
+  return piece;
+}
+
+// In place: is any source of frames [begin, end) of `sample` among the frames to be overwritten?
+SYNCDPO_FN bool reads_overwritten(const Stream& stream, const Segments& segments, int64_t sample,
+                                  int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < segments.count; ++row) {
+    const Segment segment = resolve(stream, segments, sample, row);
+    const int64_t shift = segment.donor_first - segment.first;
+    const int64_t from = larger(begin, segment.first) + shift;
+    const int64_t to = smaller(end, segment.end) + shift;
+    if (from >= to) continue;
+    for (int64_t other = 0; other < segments.count; ++other) {
+      const Segment target = resolve(stream, segments, segment.donor, other);
+      if (larger(from, target.first) < smaller(to, target.end)) return true;
+    }
+  }
+  return false;
+}
+
+// ---- Runs -------------------------------------------------------------------------------------
+
+struct Run {
+  const char* in;
+  char* out;
+  char* scratch;
+  int64_t sample;
+  int64_t t;  // the frame, where time is not part of the run
+};
+
+SYNCDPO_FN Run find_run(const Stream& stream, int64_t index) {
+  Run run{stream.in, stream.out, stream.scratch, index / stream.runs_per_sample, 0};
+  run.in += run.sample * stream.in_sample;
+  run.out += run.sample * stream.out_sample;
+  if (stream.in_place && run.scratch != nullptr) run.scratch += index * stream.run;
+  int64_t rest = index % stream.runs_per_sample;
+  for (int dim = stream.outer_dims - 1; dim >= 0; --dim) {
+    const int64_t i = rest % stream.size[dim];
+    rest /= stream.size[dim];
+    run.in += i * stream.in_stride[dim];
+    run.out += i * stream.out_stride[dim];
+    if (dim == stream.time_dim) run.t = i;
+  }
+  return run;
+}
+
+SYNCDPO_FN const char* donor_run(const Stream& stream, const Run& run, int64_t donor,
+                                 int64_t shift) {
+  return run.in + (donor - run.sample) * stream.in_sample + shift * stream.in_frame;
+}
+
+// Rows one after the other: each blends into what the rows before it left, from donors as they were.
+template <DType dtype>
+SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, const Run& run,
+                            int64_t t, int64_t begin, int64_t end, char* to) {
+  using E = Element<dtype>;
+  using T = typename E::type;
+  const char* base = run.in;  // what the rows up to `from` leave: this frame, or one donor's
+  const char* donor = nullptr;
+  float weight = 0;
+  int64_t from = 0, blends = 0;
+  for (int64_t row = 0; row < segments.count; ++row) {
+    const Segment segment = resolve(stream, segments, run.sample, row);
+    if (t < segment.first || t >= segment.end) continue;
+    donor = donor_run(stream, run, segment.donor, segment.donor_first - segment.first);
+    weight = weight_at(segment, t, stream.fade);
+    if (t - segment.first >= stream.fade && segment.end - 1 - t >= stream.fade) {
+      base = donor;
+      from = row + 1;
+      blends = 0;
+    } else {
+      ++blends;
+    }
+  }
+  if (blends == 1) {
+    for (int64_t p = begin; p < end; p += sizeof(T)) {
+      const float value = blend(E::load(read<T>(base + p)), E::load(read<T>(donor + p)), weight);
+      write<T>(to + p, E::store(value));
+    }
+    return;
+  }
+  for (int64_t p = begin; p < end; p += sizeof(T)) {
+    float value = E::load(read<T>(base + p));
+    for (int64_t row = from; row < segments.count; ++row) {
+      const Segment segment = resolve(stream, segments, run.sample, row);
+      if (t < segment.first || t >= segment.end) continue;
+      donor = donor_run(stream, run, segment.donor, segment.donor_first - segment.first);
+      value = blend(value, E::load(read<T>(donor + p)), weight_at(segment, t, stream.fade));
+    }
+    write<T>(to + p, E::store(value));
+  }
+}
+
+SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, const Run& run,
+                            int64_t t, int64_t begin, int64_t end, char* to) {
+  switch (stream.dtype) {
+    case DType::uint8:
+      return blend_frame<DType::uint8>(stream, segments, run, t, begin, end, to);
+    case DType::int16:
+      return blend_frame<DType::int16>(stream, segments, run, t, begin, end, to);
+    case DType::float16:
+      return blend_frame<DType::float16>(stream, segments, run, t, begin, end, to);
+    case DType::bfloat16:
+      return blend_frame<DType::bfloat16>(stream, segments, run, t, begin, end, to);
+    case DType::float32:
+      return blend_frame<DType::float32>(stream, segments, run, t, begin, end, to);
+  }
+}
+
+// Bytes [begin, end) of a run, piece by piece; `copy(to, from, bytes)` moves whole elements.
+template <class Copy>
+SYNCDPO_FN void replace_range(const Stream& stream, const Segments& segments, const Run& run,
+                              int64_t begin, int64_t end, Phase phase, Copy copy) {
+  int64_t next = end;
+  for (int64_t p = begin; p < end; p = next) {
+    const bool time_in_run = stream.time_dim < 0;
+    const int64_t row = p / stream.frame;
+    const int64_t t = time_in_run ? row % stream.frames : run.t;
+    const Piece piece = find_piece(stream, segments, run.sample, t);
+    next = time_in_run ? smaller(end, (row - t + piece.until) * stream.frame) : end;
+
+    if (piece.kind == Kind::keep) {
+      if (!stream.in_place) copy(run.out + p, run.in + p, next - p);
+      continue;
+    }
+    const int64_t frames = (next - 1) / stream.frame - row + 1;
+    const bool staged = stream.in_place &&
+                        reads_overwritten(stream, segments, run.sample, t, t + frames);
+    if (phase == Phase::stage && !staged) continue;
+    if (phase == Phase::write && staged) {
+      copy(run.out + p, run.scratch + p, next - p);
+      continue;
+    }
+    char* to = staged ? run.scratch : run.out;
+    if (piece.kind == Kind::copy)
+      copy(to + p, donor_run(stream, run, piece.donor, piece.shift) + p, next - p);
+    else
+      blend_frame(stream, segments, run, t, p, next, to);
+  }
+}
+
+// ---- Tiles: the body of the CUDA kernel -------------------------------------------------------
+
+constexpr int kThreads = 256;
+constexpr int kChunksPerThread = 4;
+constexpr int64_t kTileChunks = kThreads * kChunksPerThread;
+constexpr uint32_t kAllDone = (1u << kChunksPerThread) - 1;
+
+// At most a chunk, element by element: seams, tails, and layouts without longer runs.
+struct CopyElements {
+  int64_t size;
+  template <class T>
+  static SYNCDPO_FN void each(char* to, const char* from, int64_t bytes) {
+    for (int64_t p = 0; p < bytes; p += sizeof(T)) write<T>(to + p, read<T>(from + p));
+  }
+  SYNCDPO_FN void operator()(char* to, const char* from, int64_t bytes) const {
+    if (size == 1)
+      each<uint8_t>(to, from, bytes);
+    else if (size == 2)
+      each<uint16_t>(to, from, bytes);
+    else
+      each<uint32_t>(to, from, bytes);
+  }
+};
+
+// Where a chunk begins within its run; before 0 where the run begins within the chunk.
+SYNCDPO_FN int64_t chunk_begin(const Run& run, int64_t chunk) {
+  return chunk * 16 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(run.out) & 15);
+}
+
+// A tile within one piece of one run, the common case: 16 bytes at a time. Returns the set of this
+// thread's chunks that are done; left are those that a run begins or ends in, and those whose source
+// has no room around it for aligned reads.
+SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece& piece,
+                              int64_t first, int64_t last, int thread) {
+  const char* from = donor_run(stream, run, piece.donor, piece.shift);
+  const int64_t moved = stream.time_dim < 0 ? piece.shift * stream.in_frame : 0;
+  Chunk value[kChunksPerThread];
+  uint32_t done = 0;
+  SYNCDPO_UNROLL
+  for (int i = 0; i < kChunksPerThread; ++i) {
+    const int64_t chunk = first + thread + i * kThreads, begin = chunk_begin(run, chunk);
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(from + begin) & 15);
+    const int64_t aligned = begin + moved - past;  // in the donor's run
+    if (chunk > last || begin < 0 || begin + 16 > stream.run) continue;
+    if (past != 0 && (aligned < 0 || aligned + 32 > stream.run)) continue;
+    value[i] = read_chunk(from + begin);
+    done |= 1u << i;
+  }
+  SYNCDPO_UNROLL
+  for (int i = 0; i < kChunksPerThread; ++i)
+    if (done >> i & 1)
+      write<Chunk>(run.out + chunk_begin(run, first + thread + i * kThreads), value[i]);
+  return done;
+}
+
+// As above where the tile from chunk `first` to `last` allows it; else none of it is done.
+SYNCDPO_FN uint32_t try_copy_tile(const Stream& stream, const Segments& segments, int64_t first,
+                                  int64_t last, int thread, Phase phase) {
+  const int64_t index = first / stream.chunks_per_run;
+  if (last / stream.chunks_per_run != index) return 0;
+  const Run run = find_run(stream, index);
+  const int64_t origin = index * stream.chunks_per_run;
+  const int64_t begin = larger<int64_t>(chunk_begin(run, first - origin), 0);
+  const int64_t end = smaller<int64_t>(chunk_begin(run, last - origin + 1), stream.run);
+  if (begin >= end) return 0;
+  const int64_t row = begin / stream.frame;
+  const int64_t t = stream.time_dim < 0 ? row % stream.frames : run.t;
+  const int64_t until = t + (end - 1) / stream.frame - row + 1;
+  const Piece piece = find_piece(stream, segments, run.sample, t);
+  if (piece.kind == Kind::blend || until > piece.until) return 0;
+  if (stream.in_place) {
+    if (piece.kind == Kind::keep) return kAllDone;
+    if (reads_overwritten(stream, segments, run.sample, t, until)) return 0;
+    if (phase == Phase::stage) return kAllDone;
+  }
+  return copy_tile(stream, run, piece, first - origin, last - origin, thread);
+}
+
+// What one thread does of one tile: chunks `tile * kTileChunks + thread + i * kThreads`.
+SYNCDPO_FN void replace_tile(const Stream& stream, const Segments& segments, int64_t tile,
+                             int thread, Phase phase) {
+  const int64_t total = stream.samples * stream.runs_per_sample * stream.chunks_per_run;
+  const int64_t first = tile * kTileChunks;
+  const int64_t last = smaller(first + kTileChunks, total) - 1;
+  const uint32_t done = try_copy_tile(stream, segments, first, last, thread, phase);
+  if (done == kAllDone) return;
+  const CopyElements copy{item_size(stream.dtype)};
+  SYNCDPO_ROLLED
+  for (int i = 0; i < kChunksPerThread; ++i) {
+    const int64_t chunk = first + thread + i * kThreads;
+    if (done >> i & 1 || chunk > last) continue;
+    const Run run = find_run(stream, chunk / stream.chunks_per_run);
+    const int64_t begin = chunk_begin(run, chunk % stream.chunks_per_run);
+    replace_range(stream, segments, run, larger<int64_t>(begin, 0),
+                  smaller<int64_t>(begin + 16, stream.run), phase, copy);
+  }
+}
+
+// ---- Entry points -----------------------------------------------------------------------------
+
+// A stream as Python has it: sizes and strides in elements, axis 0 the batch, `dim` time.
+struct Tensor {
+  uintptr_t in, out;
+  DType dtype;
+  std::vector<int64_t> size, in_stride, out_stride;
+  int64_t dim;
+  double rate;
+};
+
+Stream make_stream(const Tensor& tensor, double crossfade);
+
+void replace_segments_cpu(std::vector<Stream> streams, const Segments& segments, int threads);
+
+// At most two streams, in one launch; two where one of them is replaced in place, since that stages
+// values. Times and donors are checked on the device.
+void replace_segments_cuda(const std::vector<Stream>& streams, const Segments& segments, bool clip,
+                           int device, uintptr_t cuda_stream);
+
+}  // namespace syncdpo

@@ -210,6 +210,21 @@ def test_shards_make_the_same_cache_as_one_process(folder, tmp_path, whole):
     assert content(tmp_path) == whole
 
 
+def test_a_file_swept_while_it_is_written_is_written_again(tmp_path, monkeypatch):
+    genuine, swept = os.replace, []
+
+    def replace(source, target):
+        if not swept:
+            swept.append(source)
+            files.remove_leftovers(tmp_path)
+        genuine(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    files.write_atomic(tmp_path / "file", b"content")
+    assert swept
+    assert content(tmp_path) == {"file": b"content"}
+
+
 def test_a_full_disk_stops_cleanly_and_resumes(folder, tmp_path, whole, monkeypatch):
     genuine, written = os.fsync, []
 

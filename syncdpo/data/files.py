@@ -20,10 +20,13 @@ def write_atomic(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:  # another process took it for a leftover
+        return write_atomic(path, content)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -31,11 +34,13 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         os.close(folder)
 
 
-def remove_leftovers(folder: str | Path, names: set[str]) -> None:
-    """Removes what `write_atomic` left of files `names` when its process was killed."""
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what `write_atomic` left in `folder` when its process was killed.
+
+    Files that other processes are writing this moment may go too; they write them again.
+    """
     for path in Path(folder).glob(".*.tmp"):
-        if path.name.rsplit(".", 2)[0].removeprefix(".") in names:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def canonical_json(value, indent: int | None = None) -> str:

@@ -112,7 +112,6 @@ def prepare(
 
     summary = PrepareSummary()
     mine = items[rank::world]
-    remove_leftovers(out / "latents", {item.target.name for item in mine})
     if captions is not None:
         summary.without_caption = [item.path for item in mine if item.caption is None]
     try:
@@ -281,6 +280,8 @@ def _file_name(source: str) -> str:
 def _claim(out: Path, identity: dict) -> None:
     """Makes the cache's folder the model's own, or refuses another model's."""
     (out / "latents").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    remove_leftovers(out / "latents")
     index = _read_index(out)
     if index is not None:
         _check_identity(out, index["identity"], identity)

@@ -36,9 +36,13 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def per_modality(name: str, value: object, count: int) -> list:
-    """`value`, one entry or a sequence of them, as a list of `count` entries."""
-    entries = list(value) if isinstance(value, (list, tuple)) else [value]
+def per_modality(name: str, value: object, count: int, *, shared: bool = False) -> list:
+    """`value`, one entry or a sequence of them, as a list of `count` entries.
+
+    `shared`: one entry stands for all modalities.
+    """
+    single = count if shared else 1
+    entries = list(value) if isinstance(value, (list, tuple)) else [value] * single
     if len(entries) != count:
         raise ValueError(f"{name}: expected one entry per modality ({count}), got {len(entries)}")
     return entries

@@ -342,7 +342,7 @@ def dpo_loss(
     mask = [None] * count if mask is None else per_modality("mask", mask, count)
     velocity = [entry if isinstance(entry, Velocity) else None for entry in target]
     options = Options(
-        beta=[float(b) for b in per_modality("beta", beta, count)],
+        beta=[float(b) for b in per_modality("beta", beta, count, shared=True)],
         stream=[v.stream if v else 0 for v in velocity],
         sign=[v.sign if v else MATERIALISED for v in velocity],
         objective=objective,

@@ -8,6 +8,9 @@
 namespace syncdpo {
 namespace {
 
+constexpr int kThreads = 256;
+constexpr int64_t kTileChunks = kThreads * kChunksPerThread;
+
 struct Launch {
   Stream stream[2];
   int64_t tiles[2];
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tile = blockIdx.x - (which ? launch.tiles[0] : 0);
   if (phase == Phase::stage && !stream.in_place) return;
   check_segments(launch, stream, tile);
-  replace_tile(stream, launch.segments, tile, threadIdx.x, phase);
+  replace_tile<kThreads>(stream, launch.segments, tile, threadIdx.x, phase);
 }
 
 void check_cuda(cudaError_t status) {

@@ -271,9 +271,7 @@ SYNCDPO_FN void replace_range(const Stream& stream, const Segments& segments, co
 
 // ---- Tiles: the body of the CUDA kernel -------------------------------------------------------
 
-constexpr int kThreads = 256;
 constexpr int kChunksPerThread = 4;
-constexpr int64_t kTileChunks = kThreads * kChunksPerThread;
 constexpr uint32_t kAllDone = (1u << kChunksPerThread) - 1;
 
 // At most a chunk, element by element: seams, tails, and layouts without longer runs.
@@ -301,6 +299,7 @@ SYNCDPO_FN int64_t chunk_begin(const Run& run, int64_t chunk) {
 // A tile within one piece of one run, the common case: 16 bytes at a time. Returns the set of this
 // thread's chunks that are done; left are those that a run begins or ends in, and those whose source
 // has no room around it for aligned reads.
+template <int threads>
 SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece& piece,
                               int64_t first, int64_t last, int thread) {
   const char* from = donor_run(stream, run, piece.donor, piece.shift);
@@ -309,7 +308,7 @@ SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece&
   uint32_t done = 0;
   SYNCDPO_UNROLL
   for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t chunk = first + thread + i * kThreads, begin = chunk_begin(run, chunk);
+    const int64_t chunk = first + thread + i * threads, begin = chunk_begin(run, chunk);
     const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(from + begin) & 15);
     const int64_t aligned = begin + moved - past;  // in the donor's run
     if (chunk > last || begin < 0 || begin + 16 > stream.run) continue;
@@ -320,11 +319,12 @@ SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece&
   SYNCDPO_UNROLL
   for (int i = 0; i < kChunksPerThread; ++i)
     if (done >> i & 1)
-      write<Chunk>(run.out + chunk_begin(run, first + thread + i * kThreads), value[i]);
+      write<Chunk>(run.out + chunk_begin(run, first + thread + i * threads), value[i]);
   return done;
 }
 
 // As above where the tile from chunk `first` to `last` allows it; else none of it is done.
+template <int threads>
 SYNCDPO_FN uint32_t try_copy_tile(const Stream& stream, const Segments& segments, int64_t first,
                                   int64_t last, int thread, Phase phase) {
   const int64_t index = first / stream.chunks_per_run;
@@ -344,21 +344,22 @@ SYNCDPO_FN uint32_t try_copy_tile(const Stream& stream, const Segments& segments
     if (reads_overwritten(stream, segments, run.sample, t, until)) return 0;
     if (phase == Phase::stage) return kAllDone;
   }
-  return copy_tile(stream, run, piece, first - origin, last - origin, thread);
+  return copy_tile<threads>(stream, run, piece, first - origin, last - origin, thread);
 }
 
-// What one thread does of one tile: chunks `tile * kTileChunks + thread + i * kThreads`.
+// What one of a tile's threads does: its chunks are `threads` apart.
+template <int threads>
 SYNCDPO_FN void replace_tile(const Stream& stream, const Segments& segments, int64_t tile,
                              int thread, Phase phase) {
   const int64_t total = stream.samples * stream.runs_per_sample * stream.chunks_per_run;
-  const int64_t first = tile * kTileChunks;
-  const int64_t last = smaller(first + kTileChunks, total) - 1;
-  const uint32_t done = try_copy_tile(stream, segments, first, last, thread, phase);
+  const int64_t first = tile * threads * kChunksPerThread;
+  const int64_t last = smaller(first + threads * kChunksPerThread, total) - 1;
+  const uint32_t done = try_copy_tile<threads>(stream, segments, first, last, thread, phase);
   if (done == kAllDone) return;
   const CopyElements copy{item_size(stream.dtype)};
   SYNCDPO_ROLLED
   for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t chunk = first + thread + i * kThreads;
+    const int64_t chunk = first + thread + i * threads;
     if (done >> i & 1 || chunk > last) continue;
     const Run run = find_run(stream, chunk / stream.chunks_per_run);
     const int64_t begin = chunk_begin(run, chunk % stream.chunks_per_run);

@@ -46,7 +46,8 @@ class _Options(NamedTuple):
 
 def _check_stream(name: str, x: Tensor, rate: float, dim: int, first: Tensor) -> int:
     """`dim` counted from the front."""
-    check_tensor(name, x, tuple(DTYPES), device=first.device)
+    check_tensor(name, x, tuple(DTYPES))
+    check_tensor(name, x, device=first.device)
     if x.ndim < 2 or x.shape[0] != first.shape[0]:
         batch = first.shape[0] if first.ndim > 1 else "B"
         raise ValueError(f"{name}: expected [{batch}, ..., T, ...], got shape {list(x.shape)}")
@@ -73,7 +74,7 @@ def _check_segments(segments: Segments, x: Tensor) -> Segments:
     for name, value in segments._asdict().items():
         dtype = torch.int64 if name == "donor" else start.dtype
         check_tensor(f"segments.{name}", value, (dtype,), start.shape, start.device)
-    return Segments(*(value.reshape(x.shape[0], -1) for value in segments))
+    return segments if start.ndim == 2 else Segments(*(value.unsqueeze(1) for value in segments))
 
 
 def _check_out(name: str, x: Tensor, out: Tensor) -> None:

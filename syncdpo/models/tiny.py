@@ -1,0 +1,150 @@
+"""The embedded default: diffusers' own LTX-2 transformer, small enough for two CPU cores.
+
+2.7 M parameters over the latents of `syncdpo.models.codec`. Its base was trained on clips whose
+sound was moved at random against the picture (`make base`), so it knows what sounds go with a
+picture but not when: the fault that SyncDPO mends, at a size where mending it takes minutes.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from torch import Tensor
+
+from syncdpo import ops
+from syncdpo.data.clips import Clip, ClipFormat
+from syncdpo.models import codec
+from syncdpo.models.weights import load_weights, save_weights
+from syncdpo.timeline import Timeline
+
+SECONDS = 2.0
+VIDEO_FRAMES = round(SECONDS * codec.FPS) // codec.PICTURES
+AUDIO_FRAMES = round(SECONDS * codec.AUDIO_RATE)
+CAPTION_CHANNELS = 8
+BASE = Path(__file__).with_name("tiny_base.safetensors")
+
+CONFIG = {
+    "in_channels": codec.VIDEO_CHANNELS,
+    "out_channels": codec.VIDEO_CHANNELS,
+    "audio_in_channels": codec.AUDIO_CHANNELS,
+    "audio_out_channels": codec.AUDIO_CHANNELS,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 128,
+    "audio_num_attention_heads": 4,
+    "audio_attention_head_dim": 32,
+    "audio_cross_attention_dim": 128,
+    "caption_channels": CAPTION_CHANNELS,
+    # Positions count in seconds and pixels; these are the clip's own extent.
+    "pos_embed_max_pos": round(SECONDS),
+    "audio_pos_embed_max_pos": round(SECONDS),
+    "base_height": codec.SIZE,
+    "base_width": codec.SIZE,
+    "rope_double_precision": False,
+}
+
+
+class Tiny:
+    """The embedded default behind the protocol of `syncdpo.models.Model`.
+
+    weights: a file or folder of weights; the shipped base by default, None for random ones.
+    config: overrides of `CONFIG`, for models smaller still.
+    """
+
+    clip_format = ClipFormat(SECONDS, codec.FPS, codec.SIZE, codec.SIZE, codec.SAMPLE_RATE, 1)
+    timelines = (
+        Timeline(VIDEO_FRAMES, codec.FPS / codec.PICTURES, tokens=codec.VIDEO_TOKENS),
+        Timeline(AUDIO_FRAMES, codec.AUDIO_RATE),
+    )
+    velocity_sign = +1
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, weights: Path | str | None = BASE, config: dict | None = None):
+        self.transformer = LTX2VideoTransformer3DModel(**CONFIG | (config or {}))
+        if weights is not None:
+            self.load_weights(Path(weights))
+
+    def identity(self) -> dict:
+        """The codec is fixed, so its name and the clip's format say all."""
+        return {"codec": "syncdpo-cells-1"} | vars(self.clip_format)
+
+    def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
+        """Latents of a clip: video [96,40], audio [50,32]; there is no text, a caption is ignored."""
+        return {
+            "video": codec.encode_video(clip.video),
+            "audio": codec.encode_audio(clip.audio.mean(0)),
+        }
+
+    def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """σ = sigmoid(N(0,1)), one for both streams of a clip."""
+        sigma = torch.sigmoid(torch.randn(batch, generator=generator))
+        return sigma, sigma
+
+    def velocity(
+        self,
+        transformer: Callable,
+        noisy: tuple[Tensor, Tensor],
+        sigma: tuple[Tensor, Tensor],
+        conditions: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        video, audio = noisy
+        batch = len(video)
+        text = video.new_zeros(batch, 1, CAPTION_CHANNELS)
+        return transformer(
+            hidden_states=video,
+            audio_hidden_states=audio,
+            encoder_hidden_states=text,
+            audio_encoder_hidden_states=text,
+            timestep=sigma[0] * 1000,
+            audio_timestep=sigma[1] * 1000,
+            video_coords=_video_coords(video.device).expand(batch, -1, -1, -1),
+            audio_coords=_audio_coords(audio.device).expand(batch, -1, -1, -1),
+            return_dict=False,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int = 20
+    ) -> tuple[Tensor, Tensor]:
+        """Euler steps over evenly spaced σ from pure noise; clip b is a function of seed[b]."""
+        batch = len(seed)
+        video = ops.noise((batch, VIDEO_FRAMES * codec.VIDEO_TOKENS, codec.VIDEO_CHANNELS), seed)
+        audio = ops.noise((batch, AUDIO_FRAMES, codec.AUDIO_CHANNELS), seed, stream=1)
+        sigmas = torch.linspace(1, 0, steps + 1, device=seed.device)
+        for now, then in pairwise(sigmas):
+            sigma = now.expand(batch)
+            velocity = self.velocity(transformer, (video, audio), (sigma, sigma), conditions)
+            video = video + (then - now) * velocity[0]
+            audio = audio + (then - now) * velocity[1]
+        return video, audio
+
+    def decode(self, video: Tensor, audio: Tensor) -> list[Clip]:
+        """Latents [B,96,40] and [B,50,32] to clips of 48 pictures and 32,000 samples."""
+        return [
+            Clip(codec.decode_video(v), codec.FPS, codec.decode_audio(a)[None], codec.SAMPLE_RATE)
+            for v, a in zip(video.cpu(), audio.cpu(), strict=True)
+        ]
+
+    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_weights(folder, self.transformer, state)
+
+    def load_weights(self, path: Path) -> None:
+        load_weights(path, self.transformer)
+
+
+def _video_coords(device: torch.device) -> Tensor:
+    """[1, 3, tokens, 2]: each token's [start, end) in seconds, pixels down, pixels across."""
+    frame = torch.arange(VIDEO_FRAMES, device=device) * (codec.PICTURES / codec.FPS)
+    half = torch.arange(2.0, device=device) * (codec.SIZE / 2)
+    start = torch.stack(torch.meshgrid(frame, half, half, indexing="ij")).flatten(1)
+    extent = start.new_tensor([codec.PICTURES / codec.FPS, codec.SIZE / 2, codec.SIZE / 2])
+    return torch.stack([start, start + extent[:, None]], dim=-1)[None]
+
+
+def _audio_coords(device: torch.device) -> Tensor:
+    """[1, 1, frames, 2]: each frame's [start, end) in seconds."""
+    start = torch.arange(AUDIO_FRAMES, device=device) / codec.AUDIO_RATE
+    return torch.stack([start, start + 1 / codec.AUDIO_RATE], dim=-1)[None, None]

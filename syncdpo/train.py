@@ -1,0 +1,334 @@
+"""Post-train a joint video-audio generator: supervised fine-tuning, or SyncDPO. One flat script.
+
+SyncDPO (arXiv 2605.12179) prefers a synchronised clip over the same clip with its timing distorted
+by a rule. How this script simplifies and departs from it:
+
+- Latents are encoded beforehand (`syncdpo prepare`); rules distort latents, not raw media.
+- Half of the pairs are *matched* by default: winner and loser both distorted, the winner in step.
+- The reference is the adapter switched off (LoRA), a frozen copy (full weights), or a table of its
+  errors made once (`cache_reference`), after which no reference model is needed at all.
+- One optimizer, AdamW; no moving average of the weights; no validation inside the loop.
+
+Everything random is a pure function of (seed, step): which clips, which σ, which ε, which
+distortion. So a run that was killed goes on with the same losses, and N processes train on what one
+process with the same global batch trains on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
+
+from syncdpo import ops
+from syncdpo.checkpoint import TRAINED, Log, load_checkpoint, save_checkpoint
+from syncdpo.config import TrainConfig
+from syncdpo.curriculum import Adaptive, curriculum
+from syncdpo.data.latents import LatentDataset
+from syncdpo.dice import Dice, Order, Roll
+from syncdpo.models import Conditions, Model, Streams, load_model
+from syncdpo.negatives import Pairs
+
+PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
+PATIENCE = 10  # steps in a row without a finite gradient before the run stops
+
+
+class TrainingDiverged(RuntimeError):
+    """The gradient stayed NaN or infinite for `PATIENCE` steps in a row."""
+
+
+def train(config: TrainConfig, model: Model | None = None, *, progress: bool = True) -> dict:
+    """Run `config`: weights, log and checkpoints go to `config.output`.
+
+    Returns {"steps", "seconds", "skipped"}. Raises ValueError for settings or data that do not fit,
+    TrainingDiverged when no step counts any more; the last good checkpoint is then in place.
+    """
+    accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
+    model = model or load_model(config.model)
+    if config.weights:
+        model.load_weights(Path(config.weights))
+    data = LatentDataset(config.data, model.identity())
+    policy, reference = policy_and_reference(config, model, accelerator)
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad],
+        config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+    )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    difficulty = curriculum(config.curriculum)
+    state = load_checkpoint(config, policy, optimizer, difficulty)
+    order = Order(config, len(data), accelerator)
+    dice = Dice(config, model, difficulty, order, accelerator.device)
+    learner = Learner(config, accelerator, model, policy, reference, progress)
+    if config.cache_reference:
+        learner.cache_reference(data, dice)
+    micro_steps = order.micro_steps(state["step"])
+    batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
+    writes = accelerator.is_main_process
+    log = Log(config, state["step"], writes, progress)
+
+    streak, since = 0, time.perf_counter() - state["seconds"]
+    for step in range(state["step"], config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(config, step)
+        sums = []
+        for micro in range(config.accumulation):
+            batch = {k: v.to(accelerator.device) for k, v in next(batches).items()}
+            last = micro == config.accumulation - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(policy):
+                sums.append(learner.backward(batch, dice.roll(step, micro)))
+        metrics = mean_over_processes(accelerator, sums)
+        norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        if math.isfinite(metrics["loss"] + norm):
+            optimizer.step()
+            streak = 0
+        else:
+            state["skipped"] += 1
+            streak += 1
+        optimizer.zero_grad()
+        if isinstance(difficulty, Adaptive) and not streak:
+            difficulty.update(metrics["implicit_accuracy"])
+        log(step, metrics | {"grad_norm": norm, "skipped": state["skipped"]})
+        state |= {"step": step + 1, "seconds": time.perf_counter() - since}
+        if streak == PATIENCE:
+            raise TrainingDiverged(
+                f"no finite gradient in {PATIENCE} steps, the last of them {step}; the last good "
+                f"checkpoint is in {config.output}. Try a lower learning_rate or beta."
+            )
+        if not streak and (
+            state["step"] % config.checkpoint_every == 0 or step + 1 == config.steps
+        ):
+            save_checkpoint(config, policy, optimizer, difficulty, state, writes)
+
+    weights = get_model_state_dict(policy, options=TRAINED)
+    if writes:
+        model.save_weights(Path(config.output), weights)
+    log.close()
+    accelerator.wait_for_everyone()
+    return {"steps": config.steps} | {k: state[k] for k in ("seconds", "skipped")}
+
+
+# --- what is trained ------------------------------------------------------------------------------
+
+
+def policy_and_reference(
+    config: TrainConfig, model: Model, accelerator: Accelerator
+) -> tuple[nn.Module, nn.Module | None]:
+    """The module to train, and a frozen copy where the adapter's absence cannot serve as one."""
+    policy, reference = model.transformer.to(accelerator.device), None
+    if config.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    if config.lora_rank:
+        set_seed(config.seed)  # the adapter's random half
+        policy.requires_grad_(False)
+        # Dropout would make the margin noise: policy and reference must see the same network.
+        policy.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_rank,
+                lora_dropout=0.0,
+                target_modules=list(model.lora_targets),
+            )
+        )
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    elif config.method == "syncdpo":
+        reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    return policy.train(), reference
+
+
+@dataclass
+class Learner:
+    """The two methods: from a batch to gradients in `policy`, and numbers for the log."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: Model
+    policy: nn.Module
+    reference: nn.Module | None
+    progress: bool
+    reference_errors: Tensor | None = None  # [draws, clips, streams, win and lose]
+
+    def backward(self, batch: dict[str, Tensor], roll: Roll) -> dict[str, Tensor]:
+        latents = (batch.pop("video"), batch.pop("audio"))
+        if self.config.method == "sft":
+            return self._sft(latents, batch, roll)
+        return self._syncdpo(latents, batch, roll)
+
+    def _sft(self, clean: Streams, conditions: Conditions, roll: Roll) -> dict[str, Tensor]:
+        """L = Σ_streams mean (v − (ε − x))²."""
+        noise = [ops.noise(x.shape, roll.seed, stream=m) for m, x in enumerate(clean)]
+        noisy = tuple(
+            torch.lerp(x.float(), e, _like(s, x)).to(x.dtype)
+            for x, e, s in zip(clean, noise, roll.sigma, strict=True)
+        )
+        prediction = self._velocity(self.policy, noisy, roll.sigma, conditions)
+        sign = self.model.velocity_sign
+        errors = [
+            (p.float() - sign * (e - x.float())).square().mean()
+            for p, e, x in zip(prediction, noise, clean, strict=True)
+        ]
+        loss = sum(errors)
+        self.accelerator.backward(loss / self.config.accumulation)
+        return {"loss": loss, "video_error": errors[0], "audio_error": errors[1]}
+
+    def _syncdpo(self, clean: Streams, conditions: Conditions, roll: Roll) -> dict[str, Tensor]:
+        """L = dpo_loss over the pair, both halves in one pass or one after the other."""
+        pairs = roll.pairs.make(*clean)
+        inputs = self._noised(pairs, conditions, roll)
+        known = anchor = None
+        if self.reference_errors is not None:
+            known = self.reference_errors[roll.stage, roll.clips].permute(1, 2, 0).flatten(1)
+        else:
+            with torch.no_grad(), self._reference() as reference:
+                anchor = self._velocity(reference, *inputs)
+        loss_of = partial(self._loss, pairs, roll, anchor, known)
+        if self.config.split_pair:
+            loss, stats = self._backward_halves(loss_of, inputs)
+        else:
+            loss, stats = loss_of(self._velocity(self.policy, *inputs))
+            self.accelerator.backward(loss / self.config.accumulation)
+        return {
+            "loss": loss.detach(),
+            "implicit_accuracy": stats.implicit_accuracy,
+            "margin": stats.margin.sum(0).mean(),
+            "video_error_win": stats.policy_win[0].mean(),
+            "video_error_lose": stats.policy_lose[0].mean(),
+            "audio_error_win": stats.policy_win[1].mean(),
+            "audio_error_lose": stats.policy_lose[1].mean(),
+            "difficulty": pairs.difficulty.mean(),
+            "valid": pairs.valid.float().mean(),
+        }
+
+    def _backward_halves(self, loss_of: Callable, inputs: tuple) -> tuple[Tensor, ops.DPOStats]:
+        """∂L/∂v needs no graph through the network; with it, each half is backpropagated alone."""
+        with torch.no_grad():
+            prediction = self._velocity(self.policy, *inputs)
+        prediction = [p.detach().requires_grad_() for p in prediction]
+        loss, stats = loss_of(prediction)
+        gradients = torch.autograd.grad(loss / self.config.accumulation, prediction)
+        pairs = len(gradients[0]) // 2
+        for half, quiet in ((slice(0, pairs), True), (slice(pairs, None), False)):
+            with self.accelerator.no_sync(self.policy) if quiet else contextlib.nullcontext():
+                output = self._velocity(self.policy, *_select(inputs, half))
+                torch.autograd.backward(output, [g[half] for g in gradients])
+        return loss, stats
+
+    def _loss(
+        self, pairs: Pairs, roll: Roll, anchor, known, prediction
+    ) -> tuple[Tensor, ops.DPOStats]:
+        sign, config = self.model.velocity_sign, self.config
+        target = [
+            ops.Velocity(win if lose is win else torch.cat([win, lose]), roll.seed, m, sign)
+            for m, (win, lose) in enumerate(zip(pairs.win, pairs.lose, strict=True))
+        ]
+        if anchor is not None:
+            anchor = [a.to(p.dtype) for a, p in zip(anchor, prediction, strict=True)]
+        return ops.dpo_loss(
+            prediction,
+            anchor,
+            target,
+            beta=config.beta,
+            reference_error=known,
+            pair_weight=pairs.valid.float(),
+            logistic=config.logistic,
+            normalize="reference" if config.normalize else None,
+            sft_weight=config.sft_weight,
+            return_stats=True,
+        )
+
+    def _noised(self, pairs: Pairs, conditions: Conditions, roll: Roll) -> tuple:
+        """Arguments of the velocity for winners, then losers: the same σ and ε for both."""
+        noisy = ops.paired_noise(pairs.win, pairs.lose, roll.sigma, roll.seed)
+        sigma = tuple(torch.cat([s, s]) for s in roll.sigma)
+        return tuple(noisy), sigma, {k: torch.cat([v, v]) for k, v in conditions.items()}
+
+    def _velocity(self, transformer, noisy: Streams, sigma: Streams, conditions) -> Streams:
+        with self.accelerator.autocast():
+            return self.model.velocity(transformer, noisy, sigma, conditions)
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        if self.reference is not None:
+            yield self.reference
+            return
+        adapted = self.accelerator.unwrap_model(self.policy)
+        adapted.disable_adapters()
+        try:
+            yield self.policy
+        finally:
+            adapted.enable_adapters()
+
+    @torch.no_grad()
+    def cache_reference(self, data: LatentDataset, dice: Dice) -> None:
+        """The reference's error on every clip and draw, once; then let the reference go.
+
+        Noise and distortions are functions of (clip, draw), so these are four numbers per draw.
+        """
+        config, world = self.config, self.accelerator.num_processes
+        errors = torch.zeros(config.draws, len(data), 2, 2, device=self.accelerator.device)
+        mine = range(self.accelerator.process_index, len(data), world)
+        batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
+        jobs = [(stage, list(clips)) for stage in range(config.draws) for clips in batches]
+        for stage, clips in tqdm(
+            jobs, desc="reference", disable=not self.accelerator.is_main_process
+        ):
+            batch = default_collate([data[i] for i in clips])
+            batch = {name: x.to(errors.device) for name, x in batch.items()}
+            roll = dice.stage(stage)[clips]
+            pairs = roll.pairs.make(batch.pop("video"), batch.pop("audio"))
+            with self._reference() as reference:
+                prediction = self._velocity(reference, *self._noised(pairs, batch, roll))
+            nothing = torch.zeros(2, 2 * len(clips), device=errors.device)
+            _, stats = self._loss(pairs, roll, None, nothing, prediction)
+            halves = torch.stack([stats.policy_win, stats.policy_lose], dim=-1)
+            errors[stage, clips] = halves.transpose(0, 1)
+        self.reference_errors, self.reference = self.accelerator.reduce(errors, "sum"), None
+
+
+# --- small parts ----------------------------------------------------------------------------------
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to 1, then constant, or down to 0 at the end."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return shapes[config.schedule]
+
+
+def mean_over_processes(accelerator: Accelerator, metrics: list[dict[str, Tensor]]) -> dict:
+    """Means over micro-steps and processes, as numbers."""
+    table = torch.stack([torch.stack([v.float() for v in m.values()]) for m in metrics]).mean(0)
+    return dict(zip(metrics[0], accelerator.reduce(table, "mean").tolist(), strict=True))
+
+
+def _like(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.view(-1, *[1] * (x.ndim - 1))
+
+
+def _select(inputs: tuple, half: slice) -> tuple:
+    """One half of the arguments that `Learner._noised` makes."""
+    noisy, sigma, conditions = inputs
+    return (
+        tuple(x[half] for x in noisy),
+        tuple(s[half] for s in sigma),
+        {name: x[half] for name, x in conditions.items()},
+    )

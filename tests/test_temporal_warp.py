@@ -1,4 +1,6 @@
-"""Reference of warp, scale and shift against a plain float64 loop; the door; the registration."""
+"""Warp, scale and shift against a plain float64 loop; the door; the registration."""
+
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 
 from syncdpo.ops import temporal_warp
 from syncdpo.ops.temporal_warp import BOUNDARIES, scale, shift, warp
+from syncdpo.testing import LAYOUTS, restride
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -53,7 +57,7 @@ def monotone_knots(generator, batch, knots, frames, spread=0.9):
     return (steps * 3 - 1) * (frames - 1) * spread
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     batch=st.integers(1, 3),
@@ -64,17 +68,21 @@ def monotone_knots(generator, batch, knots, frames, spread=0.9):
     dtype=st.sampled_from(DTYPES),
     data=st.data(),
 )
-def test_reference_agrees_with_a_float64_loop(
-    seed, batch, frames, inner, knots, boundary, dtype, data
+def test_agrees_with_a_float64_loop(
+    impl, device, seed, batch, frames, inner, knots, boundary, dtype, data
 ):
     generator = torch.Generator().manual_seed(seed)
     dim = data.draw(st.integers(1, len(inner) + 1))
     shape = [batch, *inner[: dim - 1], frames, *inner[dim - 1 :]]
     x = torch.randn(shape, generator=generator).to(dtype)
-    if data.draw(st.booleans()):
-        x = x.transpose(0, -1).contiguous().transpose(0, -1)
     places = monotone_knots(generator, batch, knots, frames)
-    y = warp(x, places, dim=data.draw(st.sampled_from([dim, dim - x.ndim])), boundary=boundary)
+    y = warp(
+        restride(x, data.draw(st.sampled_from(LAYOUTS))).to(device),
+        places.to(device),
+        dim=data.draw(st.sampled_from([dim, dim - x.ndim])),
+        boundary=boundary,
+        impl=impl,
+    ).cpu()
     assert y.dtype == dtype
     assert y.is_contiguous()
     error = (y.double() - oracle(x, places, dim, boundary)).abs().max().item()
@@ -83,26 +91,28 @@ def test_reference_agrees_with_a_float64_loop(
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("frames", [2, 13, 126, 5001])
-def test_identity_returns_the_bits(frames, dtype, boundary):
-    x = torch.randn(3, frames, 2).to(dtype)
+@pytest.mark.parametrize("frames", [2, 13, 126])
+def test_identity_returns_the_bits(impl, device, frames, dtype, boundary):
+    x = torch.randn(3, frames, 2).to(device, dtype)
     x[0, 0, 0], x[1, 1, 1] = -0.0, float("inf")
     bits = x.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    options = {"boundary": boundary, "impl": impl}
     grids = [torch.linspace(0, frames - 1, k).expand(3, -1) for k in (2, 5, 7, frames)]
-    outputs = [warp(x, grid, boundary=boundary) for grid in grids]
+    outputs = [warp(x, grid.to(device), **options) for grid in grids]
     for anchor in (0.0, 0.3, 0.5, 1.0):
-        outputs.append(scale(x, torch.ones(3), anchor=anchor, boundary=boundary))
-    outputs.append(shift(x, torch.zeros(3), boundary=boundary))
+        outputs.append(scale(x, torch.ones(3, device=device), anchor=anchor, **options))
+    outputs.append(shift(x, torch.zeros(3, device=device), **options))
     for y in outputs:
         assert torch.equal(y.view(bits.dtype), bits)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_whole_shifts_move_bits(boundary):
+def test_whole_shifts_move_bits(impl, device, boundary):
     frames = 11
-    x = torch.randn(5, 3, frames, dtype=torch.float16)
+    x = torch.randn(5, 3, frames, dtype=torch.float16, device=device)
     offsets = [-14, -3, 0, 2, 25]
-    y = shift(x, torch.tensor(offsets, dtype=torch.float32), dim=-1, boundary=boundary)
+    places = torch.tensor(offsets, dtype=torch.float32, device=device)
+    y = shift(x, places, dim=-1, boundary=boundary, impl=impl)
     for b, offset in enumerate(offsets):
         source = [oracle_index(t - offset, frames, boundary) for t in range(frames)]
         assert torch.equal(y[b], x[b, :, source])
@@ -115,12 +125,23 @@ def test_shift_is_later_and_scale_two_is_twice_as_fast():
     assert scale(x, torch.tensor([2.0, 0.5]), anchor=0.0)[1, :3].tolist() == [0, 0.5, 1]
 
 
-def test_packed_tokens_move_as_whole_frames():
-    x = torch.randn(2, 6 * 4, 3)
-    knots = torch.tensor([[0.0, 2.25, 5.0], [1.5, 2.0, 2.5]])
-    packed = warp(x, knots, frames=6, boundary="wrap")
-    unpacked = warp(x.reshape(2, 6, 12), knots, boundary="wrap")
+def test_packed_tokens_move_as_whole_frames(impl, device):
+    x = torch.randn(2, 6 * 4, 3, device=device)
+    knots = torch.tensor([[0.0, 2.25, 5.0], [1.5, 2.0, 2.5]], device=device)
+    packed = warp(x, knots, frames=6, boundary="wrap", impl=impl)
+    unpacked = warp(x.reshape(2, 6, 12), knots, boundary="wrap", impl=impl)
     assert torch.equal(packed, unpacked.reshape(2, 24, 3))
+
+
+def test_long_streams_keep_their_fractions(impl, device):
+    """Of a position near 50 000 float32 keeps 1/256; of the displacement it keeps all."""
+    frames = 50_000
+    x = torch.arange(frames, dtype=torch.float32, device=device)[None]
+    y = shift(x, torch.full((1,), 0.25, device=device), impl=impl)
+    assert ((x - y)[:, 1:] - 0.25).abs().max() <= 2.0**-7
+    # 50 000 frames by as many knots would overflow 32 bits.
+    halved = warp(x, x[:, :-1] * 0.5, impl=impl)
+    assert (halved * 2 - x).abs().max() <= 1.1
 
 
 def test_a_warp_and_its_inverse_return_a_smooth_signal():
@@ -159,8 +180,8 @@ def test_low_precision_gradient_is_summed_in_float32():
 def test_opcheck(boundary):
     x = torch.randn(2, 3, 8, requires_grad=True)
     knots = torch.tensor([[0.0, 3, 7], [-2.0, 5, 9.5]])
-    torch.library.opcheck(temporal_warp._warp, (x, knots, 2, boundary, False))
-    torch.library.opcheck(temporal_warp._warp_grad, (x.detach(), knots, 2, boundary, False))
+    torch.library.opcheck(temporal_warp._warp, (x, knots, 2, boundary, "reference"))
+    torch.library.opcheck(temporal_warp._warp_grad, (x.detach(), knots, 2, boundary))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -178,9 +199,10 @@ def test_compiles_whole(dynamic):
         assert torch.equal(*grads)
 
 
-def test_empty_batch_and_empty_frames():
-    assert warp(torch.empty(0, 4, 2), torch.empty(0, 2)).shape == (0, 4, 2)
-    assert warp(torch.empty(2, 4, 0), torch.zeros(2, 2)).shape == (2, 4, 0)
+def test_empty_batch_and_empty_frames(impl, device):
+    for shape in ((0, 4, 2), (2, 4, 0)):
+        x, knots = torch.empty(shape, device=device), torch.zeros(shape[0], 2, device=device)
+        assert warp(x, knots, impl=impl).shape == shape
 
 
 X = torch.zeros(2, 6, 3)
@@ -201,7 +223,6 @@ KNOTS = torch.tensor([[0.0, 5.0], [0.0, 5.0]])
         (lambda: warp(X[:, :1], KNOTS), ValueError, "at least two frames .* got 1"),
         (lambda: warp(X, KNOTS, boundary="mirror"), ValueError, "boundary: expected .*'mirror'"),
         (lambda: warp(X, KNOTS, impl="triton"), ValueError, "impl: expected"),
-        (lambda: warp(X, KNOTS, impl="kernel"), ValueError, "CUDA"),
         (lambda: warp(X, torch.tensor([[0.0, 5], [3, 2]])), ValueError, r"knots\[1\]: .*never"),
         (lambda: warp(X, torch.tensor([[0.0, 5], [0, torch.nan]])), ValueError, r"knots\[1\]"),
         (lambda: warp(X, torch.tensor([[-6.5, 5], [0, 5]])), ValueError, r"knots\[0\]"),
@@ -218,13 +239,19 @@ def test_bad_input_is_named(call, error, message):
         call()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="there a kernel runs on CPU")
+def test_a_kernel_asked_for_by_name_never_falls_back():
+    with pytest.raises(ValueError, match="impl: 'kernel' expects CUDA"):
+        warp(X, KNOTS, impl="kernel")
+
+
 @pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_values_that_nobody_may_read_follow_the_boundary_or_give_nan(boundary):
-    """What a device does, where no check can wait for the values: the reference, unchecked."""
-    x = torch.randn(3, 6, 2)
-    knots = torch.tensor([[0.0, 5.0], [torch.nan, 5.0], [-torch.inf, torch.inf]])
-    y = temporal_warp._reference(x, knots, 1, boundary)
+def test_values_that_nobody_may_read_follow_the_boundary_or_give_nan(impl, device, boundary):
+    """What a device does, where no check can wait for the values: the op behind its door."""
+    x = torch.randn(3, 6, 2, device=device)
+    knots = torch.tensor([[0.0, 5.0], [torch.nan, 5.0], [-torch.inf, torch.inf]], device=device)
+    y = temporal_warp.resample(x, knots, boundary=boundary, impl=impl)
     assert torch.equal(y[0], x[0])
     assert y[1].isnan().all()
-    far = torch.tensor([[-(2.0**26), 2.0**26]]).expand(3, -1)
-    assert temporal_warp._reference(x, far, 1, boundary).isfinite().all()
+    far = torch.tensor([[-(2.0**26), 2.0**26]], device=device).expand(3, -1)
+    assert temporal_warp.resample(x, far, boundary=boundary, impl=impl).isfinite().all()

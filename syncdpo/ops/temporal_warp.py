@@ -80,7 +80,7 @@ def _taps(knots: Tensor, frames: int, boundary: str) -> tuple[Tensor, Tensor, Te
     along = (output * segments - segment * (frames - 1)).to(knots.dtype) / (frames - 1)
     here, there = delta[:, segment], delta[:, segment + 1]
     delta = torch.where(along == 0, here, here + along * (there - here))
-    nearest = delta.round()
+    nearest = (delta + 0.5).floor()
     delta = torch.where((delta - nearest).abs() <= frames * 2.0**-22, nearest, delta)
     whole = delta.floor()
     index = output + whole.nan_to_num(0.0).clamp(-FARTHEST, FARTHEST).long()
@@ -120,30 +120,37 @@ def _reference_grad(grad: Tensor, knots: Tensor, dim: int, boundary: str) -> Ten
 # Registration
 
 
-@torch.library.custom_op("syncdpo::warp", mutates_args=())
-def _warp(x: Tensor, knots: Tensor, dim: int, boundary: str, kernel: bool) -> Tensor:
-    return _reference(x, knots, dim, boundary)
+def _forward(x: Tensor, knots: Tensor, dim: int, boundary: str, impl: str) -> Tensor:
+    if impl == "reference":
+        return _reference(x, knots, dim, boundary)
+    from syncdpo.kernels.temporal_warp import warp_fwd
+
+    return warp_fwd(x, knots, dim, boundary)
 
 
-@torch.library.custom_op("syncdpo::warp_grad", mutates_args=())
-def _warp_grad(grad: Tensor, knots: Tensor, dim: int, boundary: str, kernel: bool) -> Tensor:
-    return _reference_grad(grad, knots, dim, boundary)
+_warp = torch.library.custom_op("syncdpo::warp", _forward, mutates_args=())
+# One gradient for both: training sees it seldom, and it is deterministic everywhere.
+_warp_grad = torch.library.custom_op("syncdpo::warp_grad", _reference_grad, mutates_args=())
 
 
 @_warp.register_fake
-@_warp_grad.register_fake
-def _(x: Tensor, knots: Tensor, dim: int, boundary: str, kernel: bool) -> Tensor:
+def _(x: Tensor, knots: Tensor, dim: int, boundary: str, impl: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@_warp_grad.register_fake
+def _(grad: Tensor, knots: Tensor, dim: int, boundary: str) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
 def _save(ctx, inputs, output) -> None:
-    _, knots, ctx.dim, ctx.boundary, ctx.kernel = inputs
+    _, knots, ctx.dim, ctx.boundary, _ = inputs
     ctx.save_for_backward(knots)
 
 
 def _backward(ctx, grad: Tensor):
     (knots,) = ctx.saved_tensors
-    return _warp_grad(grad, knots, ctx.dim, ctx.boundary, ctx.kernel), None, None, None, None
+    return _warp_grad(grad, knots, ctx.dim, ctx.boundary), None, None, None, None
 
 
 _warp.register_autograd(_backward, setup_context=_save)
@@ -264,12 +271,7 @@ def resample(
     """`warp` behind its checks, for callers inside the package: its knots may fall, too."""
     axis = dim % x.ndim
     whole_frames = x if frames is None else x.unflatten(axis, (frames, -1))
-    kernel = check_impl(impl, x.device) == "kernel"
-    if kernel:
-        raise ValueError("impl: expected 'reference' until the Triton kernel of warp is there")
-    direct = not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
-    if direct:
-        y = _reference(whole_frames, knots, axis, boundary)
-    else:
-        y = _warp(whole_frames, knots, axis, boundary, kernel)
+    impl = check_impl(impl, x.device)
+    traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    y = (_warp if traced else _forward)(whole_frames, knots, axis, boundary, impl)
     return y.reshape(x.shape)

@@ -58,9 +58,9 @@ PYBIND11_MODULE(_C, module) {
 #ifdef SYNCDPO_CUDA_VERSION
   module.def("replace_segments_cuda", &replace_segments_cuda);
   module.attr("cuda_version") = SYNCDPO_CUDA_VERSION;
-  module.attr("cuda_architectures") = SYNCDPO_CUDA_ARCHITECTURES;
+  module.attr("cuda_architectures") = py::str(SYNCDPO_CUDA_ARCHITECTURES).attr("split")();
 #else
   module.attr("cuda_version") = py::none();
-  module.attr("cuda_architectures") = "";
+  module.attr("cuda_architectures") = py::list();
 #endif
 }

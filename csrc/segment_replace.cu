@@ -9,6 +9,7 @@ namespace syncdpo {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 3;  // room for registers without spills; 96 KiB of loads in flight
 constexpr int64_t kTileChunks = kThreads * kChunksPerThread;
 
 struct Launch {
@@ -61,7 +62,7 @@ __device__ void check_segments(const Launch& launch, const Stream& stream, int64
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     replace_segments_kernel(const __grid_constant__ Launch launch, Phase phase) {
   const int which = blockIdx.x >= launch.tiles[0];
   const Stream& stream = launch.stream[which];

@@ -89,16 +89,20 @@ SYNCDPO_FN Segment resolve(const Stream& stream, const Segments& segments, int64
   return segment;
 }
 
-// Raised cosine over the first and the last `fade` frames of a segment; 1 between them.
-SYNCDPO_FN float weight_at(const Segment& segment, int64_t t, int64_t fade) {
-  const int64_t edge = smaller(t - segment.first, segment.end - 1 - t);
-  if (edge >= fade) return 1.0f;
+SYNCDPO_FN float raised_cosine(int64_t edge, int64_t fade) {
   const double phase = (static_cast<double>(edge) + 0.5) / static_cast<double>(fade);
 #ifdef __CUDA_ARCH__
   return static_cast<float>(0.5 - 0.5 * cospi(phase));
 #else
   return static_cast<float>(0.5 - 0.5 * std::cos(3.14159265358979323846 * phase));
 #endif
+}
+
+// The donor's share of frame t: rising over the first `fade` frames of a segment, falling over the
+// last, 1 between them.
+SYNCDPO_FN float weight_at(const Segment& segment, int64_t t, int64_t fade) {
+  const int64_t edge = smaller(t - segment.first, segment.end - 1 - t);
+  return edge >= fade ? 1.0f : raised_cosine(edge, fade);
 }
 
 // ---- Pieces -----------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, cons
     if (t < segment.first || t >= segment.end) continue;
     donor = donor_run(stream, run, segment.donor, segment.donor_first - segment.first);
     weight = weight_at(segment, t, stream.fade);
-    if (t - segment.first >= stream.fade && segment.end - 1 - t >= stream.fade) {
+    if (smaller(t - segment.first, segment.end - 1 - t) >= stream.fade) {
       base = donor;
       from = row + 1;
       blends = 0;
@@ -271,7 +275,7 @@ SYNCDPO_FN void replace_range(const Stream& stream, const Segments& segments, co
 
 // ---- Tiles: the body of the CUDA kernel -------------------------------------------------------
 
-constexpr int kChunksPerThread = 4;
+constexpr int kChunksPerThread = 8;
 constexpr uint32_t kAllDone = (1u << kChunksPerThread) - 1;
 
 // At most a chunk, element by element: seams, tails, and layouts without longer runs.
@@ -296,6 +300,26 @@ SYNCDPO_FN int64_t chunk_begin(const Run& run, int64_t chunk) {
   return chunk * 16 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(run.out) & 15);
 }
 
+// Loads this thread's whole chunks from `first` to `last`, `shift` bytes on, and returns their set.
+template <int threads, bool aligned>
+SYNCDPO_FN uint32_t load_chunks(const Stream& stream, const Run& run, const char* from,
+                                int64_t moved, int64_t first, int64_t last, Chunk* value) {
+  uint32_t loaded = 0;
+  SYNCDPO_UNROLL
+  for (int i = 0; i < kChunksPerThread; ++i) {
+    const int64_t chunk = first + i * threads, begin = chunk_begin(run, chunk);
+    bool whole = chunk <= last && begin >= 0 && begin + 16 <= stream.run;
+    if (!aligned) {  // the two chunks that the source lies in must be part of the donor's run
+      const int64_t low = begin + moved - 15, high = begin + moved + 31;
+      whole = whole && low >= 0 && high <= stream.run;
+    }
+    if (!whole) continue;
+    value[i] = aligned ? read<Chunk>(from + begin) : read_chunk(from + begin);
+    loaded |= 1u << i;
+  }
+  return loaded;
+}
+
 // A tile within one piece of one run, the common case: 16 bytes at a time. Returns the set of this
 // thread's chunks that are done; left are those that a run begins or ends in, and those whose source
 // has no room around it for aligned reads.
@@ -304,22 +328,16 @@ SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece&
                               int64_t first, int64_t last, int thread) {
   const char* from = donor_run(stream, run, piece.donor, piece.shift);
   const int64_t moved = stream.time_dim < 0 ? piece.shift * stream.in_frame : 0;
+  const bool aligned =
+      ((reinterpret_cast<uintptr_t>(from) ^ reinterpret_cast<uintptr_t>(run.out)) & 15) == 0;
+  first += thread;
   Chunk value[kChunksPerThread];
-  uint32_t done = 0;
-  SYNCDPO_UNROLL
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t chunk = first + thread + i * threads, begin = chunk_begin(run, chunk);
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(from + begin) & 15);
-    const int64_t aligned = begin + moved - past;  // in the donor's run
-    if (chunk > last || begin < 0 || begin + 16 > stream.run) continue;
-    if (past != 0 && (aligned < 0 || aligned + 32 > stream.run)) continue;
-    value[i] = read_chunk(from + begin);
-    done |= 1u << i;
-  }
+  const uint32_t done =
+      aligned ? load_chunks<threads, true>(stream, run, from, moved, first, last, value)
+              : load_chunks<threads, false>(stream, run, from, moved, first, last, value);
   SYNCDPO_UNROLL
   for (int i = 0; i < kChunksPerThread; ++i)
-    if (done >> i & 1)
-      write<Chunk>(run.out + chunk_begin(run, first + thread + i * threads), value[i]);
+    if (done >> i & 1) write<Chunk>(run.out + chunk_begin(run, first + i * threads), value[i]);
   return done;
 }
 

@@ -157,18 +157,21 @@ def _check_reference_error(reference, reference_error, rows, count, device):
 # ---------------------------------------------------------------- autograd and registration
 
 
+def _kernels():
+    """Imported when first asked for: a CPU needs no Triton."""
+    from syncdpo.kernels import dpo_loss
+
+    return dpo_loss
+
+
 def _forward(policy, reference, target, seed, mask, reference_error, pair_weight, options):
-    if options.impl == "kernel":
-        raise NotImplementedError("impl: the kernel of dpo_loss is not built yet")
-    return forward_reference(
-        policy, reference, target, seed, mask, reference_error, pair_weight, options
-    )
+    run = _kernels()._fwd if options.impl == "kernel" else forward_reference
+    return run(policy, reference, target, seed, mask, reference_error, pair_weight, options)
 
 
 def _backward(grad, slope, policy, target, seed, mask, options):
-    if options.impl == "kernel":
-        raise NotImplementedError("impl: the kernel of dpo_loss is not built yet")
-    return backward_reference(grad, slope, policy, target, seed, mask, options)
+    run = _kernels()._bwd if options.impl == "kernel" else backward_reference
+    return run(grad, slope, policy, target, seed, mask, options)
 
 
 class _DPOLoss(torch.autograd.Function):

@@ -118,9 +118,16 @@ def _paired_noise_reference(
 # ---------------------------------------------------------------- registration
 
 
+def _kernels():
+    """Imported when first asked for: a CPU needs no Triton."""
+    from syncdpo.kernels import paired_noise
+
+    return paired_noise
+
+
 def _noise(shape: Sequence[int], seed: Tensor, stream: int, impl: str) -> Tensor:
     if impl == "kernel":
-        raise NotImplementedError("impl: the kernel of noise is not built yet")
+        return _kernels()._noise(shape, seed.contiguous(), stream)
     return noise_reference(shape, seed, stream)
 
 
@@ -133,7 +140,7 @@ def _paired_noise(
     impl: str,
 ) -> list[Tensor]:
     if impl == "kernel":
-        raise NotImplementedError("impl: the kernel of paired_noise is not built yet")
+        return _kernels()._paired_noise(win, lose, sigma, seed, stream)
     return _paired_noise_reference(win, lose, sigma, seed, stream)
 
 

@@ -1,0 +1,154 @@
+"""Noise, and the noising of pairs, in one pass each; see syncdpo/ops/paired_noise.py.
+
+A program takes one chunk of one pair: it reads winner and loser (once, where they are the same),
+generates their common noise in registers and writes both halves.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    CHUNK,
+    NUM_WARPS,
+    THREADS,
+    chunk_start,
+    layout,
+    load,
+    normals,
+    offsets,
+    row_start,
+    store,
+)
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _noise_kernel(out, seed, stream, count, chunks, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    i_pair = tl.program_id(0) // chunks
+    first = chunk_start(tl.program_id(0) % chunks, WIDE)
+    b_seed = tl.load(seed + i_pair)
+    p_out = row_start(out, i_pair, count, ALIGN)
+    lane = tl.arange(0, 4)[None, :]
+    for i_block in range(CHUNK // (THREADS * 4)):
+        start = first + i_block * (THREADS * 4) + tl.arange(0, THREADS) * 4
+        offset = offsets(start[:, None], lane, (count,), (1,), True, ALIGN)
+        tl.store(p_out + offset, normals(start, stream, b_seed, 4), offset < count)
+
+
+@triton.jit
+def _paired_noise_kernel(
+    win,
+    lose,
+    out,
+    sigma,
+    seed,
+    stream,
+    batch,
+    chunks,
+    total,
+    layouts,
+    FLAGS: tl.constexpr,
+):
+    """Tuples hold one entry per modality; a pair's programs go through its modalities in turn."""
+    i_pair = tl.program_id(0) // total
+    i_chunk = tl.program_id(0) % total
+    for m in tl.static_range(len(win)):
+        if (i_chunk >= 0) & (i_chunk < chunks[m]):
+            _noise_chunk(
+                win[m], lose[m], out[m], sigma[m], seed, stream + m, i_pair, i_chunk, batch,
+                layouts[m], FLAGS[m],
+            )  # fmt: skip
+        i_chunk -= chunks[m]
+
+
+@triton.jit
+def _noise_chunk(
+    win, lose, out, sigma, seed, stream, i_pair, i_chunk, batch, layout, FLAGS: tl.constexpr
+):
+    count, sizes, rows, strides = layout
+    VEC: tl.constexpr = FLAGS[0]
+    ROWWISE: tl.constexpr = FLAGS[1]
+    ALIGN: tl.constexpr = FLAGS[2]
+    WIDE: tl.constexpr = FLAGS[3]
+    EVEN: tl.constexpr = FLAGS[4]
+    SHARED: tl.constexpr = FLAGS[5]
+
+    b_seed = tl.load(seed + i_pair)
+    b_sigma = tl.load(sigma + i_pair)
+    b_clean = 1.0 - b_sigma
+    p_win = row_start(win, i_pair, rows[0], ALIGN[0])
+    p_out_win = row_start(out, i_pair, count, ALIGN[2])
+    p_out_lose = row_start(out, i_pair + batch, count, ALIGN[2])
+    first = chunk_start(i_chunk, WIDE)
+    lane = tl.arange(0, VEC)[None, :]
+    for i_block in range(CHUNK // (THREADS * VEC)):
+        start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
+        own = offsets(start[:, None], lane, (count,), (1,), True, ALIGN[2])
+        inside = own < count
+        offset = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN[0])
+        scaled = b_sigma * normals(start, stream, b_seed, VEC)
+        noised = tl.fma(load(p_win + offset, inside, EVEN), b_clean, scaled)
+        store(p_out_win + own, noised, inside, EVEN)
+        if not SHARED:
+            p_lose = row_start(lose, i_pair, rows[1], ALIGN[1])
+            offset = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN[1])
+            noised = tl.fma(load(p_lose + offset, inside, EVEN), b_clean, scaled)
+        store(p_out_lose + own, noised, inside, EVEN)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _noise(shape: Sequence[int], seed: Tensor, stream: int) -> Tensor:
+    out = torch.empty(shape, dtype=torch.float32, device=seed.device)
+    if out.numel() == 0:
+        return out
+    own = layout([out], ordered=True)
+    with torch.cuda.device_of(out):
+        _noise_kernel[(shape[0] * own.chunks,)](
+            out, seed, stream, own.count, own.chunks,
+            ALIGN=own.align[0], WIDE=own.wide, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def _paired_noise(
+    win: Sequence[Tensor],
+    lose: Sequence[Tensor | None],
+    sigma: Sequence[Tensor],
+    seed: Tensor,
+    stream: int,
+) -> list[Tensor]:
+    batch = len(seed)
+    out = [x.new_empty((2 * batch, *x.shape[1:])) for x in win]
+    other = [x if y is None else y for x, y in zip(win, lose, strict=True)]
+    layouts = [layout(list(x), ordered=True) for x in zip(win, other, out, strict=True)]
+    total = sum(own.chunks for own in layouts)
+    if batch * total == 0:
+        return out
+    flags = tuple(
+        (own.vec, own.rowwise, own.align, own.wide, own.even, y is None)
+        for own, y in zip(layouts, lose, strict=True)
+    )
+    with torch.cuda.device_of(seed):
+        _paired_noise_kernel[(batch * total,)](
+            tuple(win),
+            tuple(other),
+            tuple(out),
+            tuple(level.contiguous() for level in sigma),
+            seed.contiguous(),
+            stream,
+            batch,
+            tuple(own.chunks for own in layouts),
+            total,
+            tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts),
+            FLAGS=flags,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return out

@@ -39,7 +39,7 @@ def taps(p_knots, output, frames, segments, DENSE: tl.constexpr, BOUNDARY: tl.co
     Step by step as the reference does it; `output` is int64 where output * segments needs it.
     """
     if DENSE:  # a knot for each frame
-        delta = displacement_at(p_knots, output, frames, segments)
+        delta = tl.load(p_knots + output) - output.to(tl.float32)
     else:
         segment = tl.minimum(output * segments // (frames - 1), segments - 1)
         rest = (output * segments - segment * (frames - 1)).to(tl.float32)

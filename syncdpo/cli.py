@@ -172,7 +172,7 @@ def evaluate(
     """Measure how well clips keep time: onset error, F1, AV-Align; writes csv and html."""
     from syncdpo.evaluation import evaluate_folder
 
-    typer.echo(evaluate_folder(clips, output, av_align=av_align))
+    typer.echo(evaluate_folder(clips, output, with_av_align=av_align))
 
 
 @app.command()

@@ -31,7 +31,7 @@ from accelerate.utils import set_seed
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from syncdpo import ops
@@ -51,8 +51,16 @@ class TrainingDiverged(RuntimeError):
     """The gradient stayed NaN or infinite for `PATIENCE` steps in a row."""
 
 
-def train(config: TrainConfig, model: Model | None = None, *, progress: bool = True) -> dict:
+def train(
+    config: TrainConfig,
+    model: Model | None = None,
+    data: Dataset | None = None,
+    *,
+    progress: bool = True,
+) -> dict:
     """Run `config`: weights, log and checkpoints go to `config.output`.
+
+    model, data: instead of those that `config` names; `data` gives what `model.encode` does.
 
     Returns {"steps", "seconds", "skipped"}. Raises ValueError for settings or data that do not fit,
     TrainingDiverged when no step counts any more; the last good checkpoint is then in place.
@@ -61,7 +69,7 @@ def train(config: TrainConfig, model: Model | None = None, *, progress: bool = T
     model = model or load_model(config.model)
     if config.weights:
         model.load_weights(Path(config.weights))
-    data = LatentDataset(config.data, model.identity())
+    data = LatentDataset(config.data, model.identity()) if data is None else data
     policy, reference = policy_and_reference(config, model, accelerator)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad],
@@ -276,7 +284,7 @@ class Learner:
             adapted.enable_adapters()
 
     @torch.no_grad()
-    def cache_reference(self, data: LatentDataset, dice: Dice) -> None:
+    def cache_reference(self, data: Dataset, dice: Dice) -> None:
         """The reference's error on every clip and draw, once; then let the reference go.
 
         Noise and distortions are functions of (clip, draw), so these are four numbers per draw.

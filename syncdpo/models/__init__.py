@@ -33,6 +33,9 @@ class Model(Protocol):
     def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
         """One clip, no batch axis: "video", "audio" and the conditions."""
 
+    def conditions(self, captions: Sequence[str]) -> Conditions:
+        """What `sample` needs of each caption, [B, …]; the same keys that `encode` gives."""
+
     def draw_sigma(self, batch: int, generator: torch.Generator) -> Streams:
         """Noise levels for training, [B] per stream, float32 on the CPU."""
 

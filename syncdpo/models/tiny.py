@@ -5,7 +5,7 @@ sound was moved at random against the picture (`make base`), so it knows what so
 picture but not when: the fault that SyncDPO mends, at a size where mending it takes minutes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,11 +72,15 @@ class Tiny:
         return {"codec": "syncdpo-cells-1"} | vars(self.clip_format)
 
     def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
-        """Latents of a clip: video [96,40], audio [50,32]; there is no text, a caption is ignored."""
+        """Latents of a clip: video [96,40], audio [50,32]; captions are ignored."""
         return {
             "video": codec.encode_video(clip.video),
             "audio": codec.encode_audio(clip.audio.mean(0)),
         }
+
+    def conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """There is no text."""
+        return {}
 
     def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """σ = sigmoid(N(0,1)), one for both streams of a clip."""

@@ -1,0 +1,43 @@
+# make demo   a generator learns to keep time; opens with runs/demo/report.html
+# make test   the test suite; needs no GPU
+# Everything runs in .venv, made here with Python ≥ 3.10 and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CLIPS ?=
+
+.PHONY: help install demo tune rules base test lint bench sass gpu-check clean
+
+help:  ## What can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(READY)  ## Make .venv and install the package, editable, with all extras
+
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,eval,dev]'
+	touch $@
+
+demo: $(READY)  ## Train SFT and SyncDPO, measure, report; CLIPS=folder for your own clips
+	$(BIN)/syncdpo demo --output runs/demo $(if $(CLIPS),--clips '$(CLIPS)')
+
+tune: $(READY)  ## Find each method's learning rate for the demo
+	$(BIN)/syncdpo tune
+
+base: $(READY)  ## Train the embedded default's base anew
+	$(BIN)/python -m syncdpo.base
+
+test: $(READY)  ## Run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(READY)  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)  ## Run the benchmarks
+	$(BIN)/python -m pytest benchmarks/
+
+clean:  ## Remove what was built and run, not the environment
+	rm -rf build dist runs

@@ -1,0 +1,167 @@
+"""The demonstration's report: one html file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from string import Template
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = {
+    "base": "base",
+    "sft": "SFT, equal steps",
+    "sft-equal-time": "SFT, equal time",
+    "syncdpo": "SyncDPO",
+}
+COLOURS = {"base": "#8a8f98", "sft": "#d08c2e", "sft-equal-time": "#a05a1c", "syncdpo": "#1f77b4"}
+SHOWN = 6  # clips per method, in the timeline and to play
+COLUMNS = (
+    ("f1", "F1", "{:.2f}"),
+    ("f1_undetectable", "F1, undetectable", "{:.2f}"),
+    ("onset_error_ms", "mean onset error, ms", "{:.0f}"),
+    ("onset_error_median_ms", "median, ms", "{:.0f}"),
+    ("events_per_clip", "sounds per clip", "{:.2f}"),
+    ("steps", "steps", "{:d}"),
+    ("seconds", "seconds", "{:.0f}"),
+)
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>syncdpo: a generator learns to keep time</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1c2127; background: #fff }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #dfe3e8 }
+th:first-child, td:first-child { text-align: left } tr.best { font-weight: 600 }
+tr.real { color: #5c6570 } img { max-width: 100% }
+.clips { display: grid; grid-template-columns: 9rem repeat($shown, 1fr); gap: .4rem;
+         align-items: center }
+video { width: 100%; image-rendering: pixelated; background: #111 }
+p.note { color: #5c6570; font-size: .9rem }
+</style></head><body>
+<h1>A generator learns to keep time</h1>
+<p>The base knows which sound goes with a ball that strikes the floor, but not when. Supervised
+fine-tuning (SFT) and SyncDPO each train it on the same synchronised clips, each at its own learning
+rate. Then every model generates $samples clips from the same noise; what is seen and heard in the
+resulting mp4 files is compared.</p>
+<table><thead><tr><th>after</th>$header</tr></thead><tbody>$rows</tbody></table>
+<p class="note">F1 counts a visible impact as met when its sound leads by at most 90 ms or lags by
+at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms). The onset error is the
+distance from each visible impact to the nearest sound. “Real clips” are the training clips after
+the codec: as good as a generator can get. Seed $seed.</p>
+<h2>Seen and heard</h2>
+<p>Each line is one generated clip: marks above are impacts seen in the picture, marks below are
+onsets heard in the sound. In step, they meet.</p>
+<img alt="Timeline of seen and heard events per method" src="$timeline">
+<h2>Training</h2>
+<img alt="Training curves" src="$curves">
+<h2>Clips</h2>
+<p>The same noise, column by column.</p>
+<div class="clips">$clips</div>
+</body></html>
+""")
+
+
+def write_report(path: Path, report: dict, sampled: dict, logs: dict) -> None:
+    """Write `path` from report.json's content, `Sampled` per method, and logs per method."""
+    methods = [row["method"] for row in report["rows"]]
+    shown = min(SHOWN, len(sampled["base"].paths))
+    page = PAGE.substitute(
+        header="".join(f"<th>{title}</th>" for _, title, _ in COLUMNS),
+        rows=_table(report),
+        samples=report["settings"]["samples"],
+        seed=report["settings"]["seed"],
+        timeline=_picture(draw_timeline({m: sampled[m].metrics[:shown] for m in methods})),
+        curves=_picture(draw_curves(logs)),
+        shown=shown,
+        clips="".join(_clips(LABELS[m], sampled[m].paths[:shown]) for m in methods),
+    )
+    path.write_text(page)
+
+
+def draw_timeline(metrics: dict[str, list]) -> plt.Figure:
+    """Seen events as marks above each line, heard ones below; one panel per method."""
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(3.1 * len(metrics), 3.2), sharex=True, sharey=True
+    )
+    for axis, (method, clips) in zip(axes, metrics.items(), strict=True):
+        for line, clip in enumerate(clips):
+            axis.axhline(line, color="#dfe3e8", lw=0.8, zorder=0)
+            axis.vlines(clip.seen, line - 0.38, line, color="#1c2127", lw=2)
+            axis.vlines(clip.heard, line, line + 0.38, color=COLOURS[method], lw=2)
+        axis.set_title(LABELS[method], fontsize=10)
+        axis.set_xlabel("seconds")
+        axis.set_yticks([])
+        axis.spines[["left", "right", "top"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def draw_curves(logs: dict[str, list[dict]]) -> plt.Figure:
+    """Audio error of what is learnt from, by step; implicit accuracy and difficulty of SyncDPO."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    for method, log in logs.items():
+        name = "audio_error" if "audio_error" in log[0] else "audio_error_win"
+        values = _smooth([entry[name] for entry in log])
+        left.plot(values, color=COLOURS[method], label=LABELS[method])
+    left.set(xlabel="step", ylabel="audio error (winners)", yscale="log")
+    left.legend(frameon=False, fontsize=9)
+    preference = next(log for log in logs.values() if "implicit_accuracy" in log[0])
+    accuracy = _smooth([entry["implicit_accuracy"] for entry in preference])
+    right.plot(accuracy, color=COLOURS["syncdpo"], label="implicit accuracy")
+    right.plot([e["difficulty"] for e in preference], color="#8a8f98", ls="--", label="difficulty")
+    right.set(xlabel="step", ylim=(0, 1.02))
+    right.legend(frameon=False, fontsize=9)
+    for axis in (left, right):
+        axis.spines[["right", "top"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def _smooth(values: list[float], memory: float = 0.9) -> list[float]:
+    mean, smoothed = values[0], []
+    for value in values:
+        mean = memory * mean + (1 - memory) * value
+        smoothed.append(mean)
+    return smoothed
+
+
+def _table(report: dict) -> str:
+    best = min(report["rows"], key=lambda row: row["onset_error_ms"])
+    lines = [
+        _line(LABELS[row["method"]], row, "best" if row is best else "") for row in report["rows"]
+    ]
+    return "".join(lines) + _line("real clips", report["real"], "real")
+
+
+def _line(label: str, row: dict, style: str) -> str:
+    cells = (form.format(row[key]) if key in row else "" for key, _, form in COLUMNS)
+    return f'<tr class="{style}"><td>{label}</td>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
+
+
+def _clips(label: str, paths: list[Path]) -> str:
+    players = (
+        f'<video controls loop src="data:video/mp4;base64,{_base64(path.read_bytes())}"></video>'
+        for path in paths
+    )
+    return f"<div>{html.escape(label)}</div>{''.join(players)}"
+
+
+def _picture(figure: plt.Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    plt.close(figure)
+    return f"data:image/png;base64,{_base64(buffer.getvalue())}"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

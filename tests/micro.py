@@ -1,0 +1,74 @@
+"""A model and data so small that a training step takes milliseconds."""
+
+import os
+
+import torch
+from safetensors.torch import load_file
+
+from syncdpo.checkpoint import read_log
+from syncdpo.config import TrainConfig
+from syncdpo.models.tiny import Tiny
+from syncdpo.models.weights import FULL, LORA
+from syncdpo.train import train
+
+STEPS = 20
+
+CONFIG = {
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 16,
+    "audio_cross_attention_dim": 32,
+}
+
+
+def micro_model(**config) -> Tiny:
+    """The embedded default's class with random weights, always the same ones."""
+    torch.manual_seed(0)
+    return Tiny(weights=None, config=CONFIG | config)
+
+
+def random_latents(count: int = 10) -> list[dict[str, torch.Tensor]]:
+    """What `LatentDataset` would give: smooth along time, so that distortions are small changes."""
+    generator = torch.Generator().manual_seed(1)
+    video = torch.randn(count, 24, 4, 40, generator=generator).cumsum(1) / 5
+    audio = torch.randn(count, 50, 32, generator=generator).cumsum(1) / 7
+    return [{"video": v.flatten(0, 1), "audio": a} for v, a in zip(video, audio, strict=True)]
+
+
+def run(folder, **settings):
+    """A short run; → (its log, its weights)."""
+    defaults = {"steps": STEPS, "batch_size": 4, "warmup": 2, "learning_rate": 3e-3}
+    config = TrainConfig(output=str(folder), **defaults | settings)
+    result = train(config, micro_model(), random_latents(), progress=False)
+    assert result["steps"] == config.steps
+    return outcome(folder)
+
+
+def outcome(folder):
+    """What a finished run left: its log, its weights."""
+    file = next(folder / name for name in (FULL, LORA) if (folder / name).exists())
+    return read_log(folder), load_file(file)
+
+
+def run_or_resume(folder):
+    """In a process of its own, to be killed at any time."""
+    torch.set_num_threads(1)
+    run(folder, resume=True, checkpoint_every=1)
+
+
+def one_of_two(rank, port, folder):
+    """One of two processes that share each batch of four."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "1",
+    }
+    torch.set_num_threads(1)
+    run(folder, batch_size=2)
+    torch.distributed.destroy_process_group()

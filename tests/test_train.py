@@ -1,0 +1,218 @@
+"""Training: the same numbers however a run is cut into processes, micro-steps, halves or pieces."""
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from micro import STEPS, micro_model, one_of_two, outcome, random_latents, run, run_or_resume
+from safetensors.torch import load_file
+
+from syncdpo.checkpoint import read_log
+from syncdpo.config import TrainConfig
+from syncdpo.models.weights import FULL
+from syncdpo.train import PATIENCE, TrainingDiverged, train
+
+
+def losses(log):
+    return torch.tensor([entry["loss"] for entry in log], dtype=torch.float64)
+
+
+def assert_same(first, second, rtol):
+    """Losses by relative error; weights too, all of them as one vector."""
+    torch.testing.assert_close(losses(first[0]), losses(second[0]), rtol=rtol, atol=0)
+    difference = sum((tensor - second[1][name]).square().sum() for name, tensor in first[1].items())
+    size = sum(tensor.square().sum() for tensor in first[1].values())
+    assert (difference / size).sqrt() <= rtol
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_sft_learns(tmp_path):
+    log, _ = run(tmp_path, method="sft", steps=60, learning_rate=1e-2)
+    loss = losses(log)
+    assert loss[-10:].mean() < 0.8 * loss[:10].mean()
+    assert {"video_error", "audio_error"} <= log[0].keys()
+
+
+def test_syncdpo_learns_to_prefer_the_winner(tmp_path):
+    settings = {"steps": 80, "learning_rate": 1e-2, "curriculum": "constant", "beta": 500.0}
+    log, _ = run(tmp_path, rules="shift", matched=0.0, sft_weight=0.0, **settings)
+    accuracy = [entry["implicit_accuracy"] for entry in log]
+    assert accuracy[0] == 0.5  # policy and reference agree
+    assert sum(accuracy[-20:]) / 20 > 0.7
+    assert losses(log)[-20:].mean() < losses(log)[0] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_difficulty_follows_the_curriculum(undisturbed):
+    difficulty = [entry["difficulty"] for entry in undisturbed[0]]
+    expected = [min(1.0, step / STEPS / 0.8) for step in range(STEPS)]
+    assert difficulty == pytest.approx(expected, abs=1e-6)
+
+
+def test_same_seed_same_bits(undisturbed, tmp_path):
+    again = run(tmp_path)
+    assert torch.equal(losses(undisturbed[0]), losses(again[0]))
+    assert all(torch.equal(tensor, again[1][name]) for name, tensor in undisturbed[1].items())
+
+
+def test_another_seed_is_another_run(undisturbed, tmp_path):
+    assert not torch.equal(losses(undisturbed[0]), losses(run(tmp_path, seed=1)[0]))
+
+
+def test_accumulation_changes_nothing(undisturbed, tmp_path):
+    assert_same(undisturbed, run(tmp_path, batch_size=2, accumulation=2), rtol=1e-4)
+
+
+def test_split_pair_has_the_same_gradients(undisturbed, tmp_path):
+    assert_same(undisturbed, run(tmp_path, split_pair=True), rtol=1e-4)
+    torch.testing.assert_close(
+        losses(undisturbed[0]), losses(read_log(tmp_path)), rtol=1e-6, atol=0
+    )
+
+
+def test_cached_reference_changes_nothing(tmp_path):
+    plain = run(tmp_path / "plain", draws=3)
+    cached = run(tmp_path / "cached", draws=3, cache_reference=True)
+    torch.testing.assert_close(losses(plain[0]), losses(cached[0]), rtol=1e-6, atol=0)
+
+
+def test_draws_repeat_within_a_stage_only(tmp_path):
+    """With one clip and two draws, there are two kinds of steps: one per half of the run."""
+    config = TrainConfig(
+        output=str(tmp_path), steps=6, batch_size=1, draws=2, learning_rate=1e-12, warmup=0
+    )
+    train(config, micro_model(), random_latents(1), progress=False)
+    loss = losses(read_log(tmp_path))
+    assert torch.allclose(loss[:3], loss[0], rtol=1e-5)
+    assert torch.allclose(loss[3:], loss[3], rtol=1e-5)
+    assert not torch.isclose(loss[0], loss[3], rtol=1e-3)
+
+
+def test_lora_trains_the_adapter_alone_against_its_absence(tmp_path):
+    log, weights = run(tmp_path, lora_rank=2)
+    assert all("lora_" in name for name in weights)
+    assert log[0]["margin"] == 0  # a fresh adapter changes nothing
+    assert log[-1]["margin"] != 0
+    model = micro_model()
+    model.load_weights(tmp_path)
+    loaded = dict(model.transformer.named_parameters())
+    name = next(n for n in loaded if "lora_B" in n)
+    assert loaded[name].abs().sum() > 0
+
+
+def test_gradient_checkpointing_changes_nothing(undisturbed, tmp_path):
+    assert_same(undisturbed, run(tmp_path, gradient_checkpointing=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [{}, {"lora_rank": 2}, {"curriculum": "adaptive"}])
+def test_a_resumed_run_goes_on_exactly(tmp_path, monkeypatch, extra):
+    whole = run(tmp_path / "whole", **extra)
+    stopped = tmp_path / "stopped"
+
+    def stop_after_checkpoint(*arguments):
+        save_checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    from syncdpo import train as module
+
+    save_checkpoint = module.save_checkpoint
+    monkeypatch.setattr(module, "save_checkpoint", stop_after_checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, checkpoint_every=7, **extra)
+    monkeypatch.undo()
+    resumed = run(stopped, checkpoint_every=7, resume=True, **extra)
+    assert torch.equal(losses(whole[0]), losses(resumed[0]))
+    assert [entry["step"] for entry in resumed[0]] == list(range(STEPS))
+    assert all(torch.equal(tensor, resumed[1][name]) for name, tensor in whole[1].items())
+
+
+def test_sigkill_at_random_steps_twenty_times(undisturbed, tmp_path):
+    context, chance = processes(), random.Random(0)
+    kills = 0
+    while kills < 20:
+        child = context.Process(target=run_or_resume, args=(tmp_path,))
+        child.start()
+        before = set(tmp_path.glob("checkpoint-*"))
+        deadline = time.monotonic() + 60
+        while child.is_alive() and time.monotonic() < deadline:
+            if set(tmp_path.glob("checkpoint-*")) != before:
+                break
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.15))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        for path in tmp_path.glob("checkpoint-*"):
+            assert load_file(path), path  # whole, whenever it is looked at
+        if child.exitcode == 0:  # it came to its end: start over, the kills are not done
+            assert_same(undisturbed, outcome(tmp_path), rtol=1e-5)
+            for path in tmp_path.glob("*"):
+                path.unlink()
+    final = context.Process(target=run_or_resume, args=(tmp_path,))
+    final.start()
+    final.join()
+    assert final.exitcode == 0
+    assert_same(undisturbed, outcome(tmp_path), rtol=1e-5)
+
+
+def processes():
+    """Children of a server that has torch imported: a kill costs a fraction of a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["micro"])
+    return context
+
+
+def test_a_nan_clip_skips_its_steps_and_is_counted(tmp_path):
+    data = random_latents(8)
+    data[3]["audio"][0, 0] = math.nan
+    config = TrainConfig(output=str(tmp_path), steps=8, batch_size=2)
+    result = train(config, micro_model(), data, progress=False)
+    assert result["skipped"] == 2  # once an epoch, of four steps
+    assert all(t.isfinite().all() for t in load_file(tmp_path / FULL).values())
+
+
+def test_ten_nan_steps_in_a_row_stop_the_run(tmp_path):
+    data = random_latents(4)
+    good = TrainConfig(output=str(tmp_path), steps=40, batch_size=4, checkpoint_every=1)
+    seen = 0
+
+    class TurnsBad(list):
+        def __getitem__(self, index):
+            nonlocal seen
+            seen += 1
+            sample = dict(list.__getitem__(self, index))
+            return sample if seen <= 12 else {k: v * math.nan for k, v in sample.items()}
+
+    with pytest.raises(TrainingDiverged, match=f"no finite gradient in {PATIENCE} steps"):
+        train(good, micro_model(), TurnsBad(data), progress=False)
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"))
+    assert checkpoints[-1].name == "checkpoint-000003.safetensors"
+    assert all(t.isfinite().all() for t in load_file(checkpoints[-1]).values())
+
+
+def test_a_run_is_not_overwritten_nor_continued_with_other_settings(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="holds a run"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"beta was 50\.0, is 9\.0"):
+        run(tmp_path, resume=True, beta=9.0)
+
+
+def test_two_processes_equal_one(undisturbed, tmp_path):
+    context, port = processes(), random.randrange(20_000, 60_000)
+    children = [context.Process(target=one_of_two, args=(r, port, tmp_path)) for r in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(180)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert_same(undisturbed, outcome(tmp_path), rtol=1e-5)

@@ -1,0 +1,387 @@
+"""LTX-2 (2.0, 2.3, 2.5) from any diffusers pipeline, behind the protocol of `syncdpo.models`.
+
+Everything that must agree with inference is asked of diffusers' own classes: components come from
+`LTX2Pipeline`, latents are normalised and packed by its functions, text goes through its encoder
+and connectors. What diffusers lacks is the way from a waveform to the audio VAE's log-mel input,
+and the distribution of σ in training; both follow the model's published trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
+from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
+from torch import Tensor
+from torchaudio.transforms import MelSpectrogram
+
+from syncdpo import ops
+from syncdpo.data.clips import Clip, ClipFormat
+from syncdpo.models.ltx2_parts import NEEDED, Parts
+from syncdpo.models.weights import load_weights, save_weights
+from syncdpo.timeline import Timeline
+
+ENCODERS = ("vae", "audio_vae", "text_encoder", "connectors")  # what a cache depends on
+MEL_WINDOW = 1024  # samples of one Fourier transform at the audio VAE's sample rate
+LOWEST_MEL = 1e-5
+LOWEST_SIGMA = 1e-3
+UNIFORM_SHARE = 0.1
+PERCENTILES = (-2.5758, 3.0902)  # of the normal distribution: 0.5 % and 99.9 %
+
+
+class LTX2:
+    """A diffusers LTX-2 pipeline behind the protocol of `syncdpo.models.Model`.
+
+    name: folder or hub id. Components are loaded when they are first needed, so training loads the
+        transformer alone, and `prepare` all but the transformer.
+    frames, height, width, fps: the clips; 8k+1 pictures and multiples of 32 pixels.
+    sigma: "shared", one σ for both streams of a clip, or "separate", one for each.
+    dtype: of weights and latents; bfloat16 on a GPU and float32 on a CPU by default.
+    device: where encoders and decoders work; the GPU where there is one by default.
+
+    Raises ValueError for a checkpoint that is not LTX-2 or lacks audio, and for such a clip format.
+    """
+
+    velocity_sign = +1
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_tokens = 1024
+
+    def __init__(
+        self,
+        name: str | Path,
+        *,
+        frames: int = 121,
+        height: int = 512,
+        width: int = 768,
+        fps: float = 24.0,
+        sigma: str = "shared",
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ):
+        if sigma not in ("shared", "separate"):
+            raise ValueError(f"sigma: expected shared or separate, got {sigma!r}")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        default = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default
+        self.sigma = sigma
+        self.parts = Parts(str(name), self.dtype, device)
+        self.config = self.parts.config("transformer")
+        if (self.config["patch_size"], self.config["patch_size_t"]) != (1, 1):
+            raise ValueError(f"model: expected a transformer with patches of size 1 in {name}")
+        self._audio_config = self.parts.config("audio_vae")
+        self._schedule = self.parts.config("scheduler")
+        self.set_format(frames, height, width, fps)
+
+    # --- formats ----------------------------------------------------------------------------------
+
+    def set_format(self, frames: int, height: int, width: int, fps: float) -> None:
+        """The clips to work on: pictures, pixels and pictures per second."""
+        stride, down, across = self.config["vae_scale_factors"]
+        first = self.config["causal_offset"]
+        if frames < first or (frames - first) % stride:
+            raise ValueError(f"frames: expected a multiple of {stride} plus {first}, got {frames}")
+        for name, size, factor in (("height", height, down), ("width", width, across)):
+            if size < factor or size % factor:
+                raise ValueError(f"{name}: expected a multiple of {factor}, got {size}")
+        if not fps > 0:
+            raise ValueError(f"fps: expected more than 0, got {fps}")
+        self.clip_format = ClipFormat(
+            seconds=frames / fps,
+            fps=fps,
+            height=height,
+            width=width,
+            sample_rate=self._audio_config["sample_rate"],
+            channels=self._audio_config["in_channels"],
+        )
+        self.latent_size = ((frames - first) // stride + 1, height // down, width // across)
+        audio_stride = self.config["audio_scale_factor"]
+        audio_rate = self.config["audio_sampling_rate"] / self.config["audio_hop_length"]
+        audio_rate /= audio_stride
+        latent_frames, rows, columns = self.latent_size
+        # Both codecs are causal: the first latent frame stands for one picture, one mel frame.
+        self.timelines = (
+            Timeline(
+                latent_frames, fps / stride, tokens=rows * columns, first=first, stride=stride
+            ),
+            Timeline(
+                round(frames / fps * audio_rate), audio_rate, first=first, stride=audio_stride
+            ),
+        )
+
+    def identity(self) -> dict:
+        """Fingerprints of the encoders' weights, and the clip format."""
+        encoders = {name: self.parts.fingerprint(name) for name in ENCODERS}
+        return {"model": "ltx2"} | encoders | vars(self.clip_format)
+
+    def check_latents(self, sample: dict[str, Tensor]) -> None:
+        """Raises ValueError where a cached sample does not fit the transformer and clip format."""
+        video, audio = (timeline.frames * timeline.tokens for timeline in self.timelines)
+        expected = {
+            "video": [video, self.config["in_channels"]],
+            "audio": [audio, self.config["audio_in_channels"]],
+        }
+        if "video_features" in sample:
+            connectors = self.parts.config("connectors")
+            for name in ("video", "audio"):
+                heads = connectors[f"{name}_connector_num_attention_heads"]
+                width = heads * connectors[f"{name}_connector_attention_head_dim"]
+                expected[f"{name}_features"] = [self.text_tokens, width]
+        for name, shape in expected.items():
+            if list(sample[name].shape) != shape:
+                raise ValueError(
+                    f"{name}: expected [tokens, channels] of {shape} for {self.parts.name}, "
+                    f"got {list(sample[name].shape)}"
+                )
+
+    # --- encoding ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
+        """One clip: "video" [S,C], "audio" [L,C], normalised and packed, and `encode_text`."""
+        return {
+            "video": self._encode_video(clip),
+            "audio": self._encode_audio(clip),
+        } | {name: tensor[0] for name, tensor in self.encode_text([caption]).items()}
+
+    def _encode_video(self, clip: Clip) -> Tensor:
+        vae = self.parts.pipeline("vae").vae
+        pictures = clip.video.to(self.parts.device).movedim(-1, 0)[None].to(self.dtype) / 127.5 - 1
+        latents = vae.encode(pictures).latent_dist.mode()
+        latents = LTX2Pipeline._normalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        )
+        return LTX2Pipeline._pack_latents(latents)[0]
+
+    def _encode_audio(self, clip: Clip) -> Tensor:
+        vae = self.parts.pipeline("audio_vae").audio_vae
+        mel = log_mel(clip.audio, vae.config).to(self.parts.device, self.dtype)
+        latents = LTX2Pipeline._pack_audio_latents(vae.encode(mel[None]).latent_dist.mode())
+        latents = LTX2Pipeline._normalize_audio_latents(latents, vae.latents_mean, vae.latents_std)
+        # The codec is causal: what it makes of the samples past the last whole frame can go.
+        return latents[0, : self.timelines[1].frames]
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+        """What the transformer attends to: "video_text" and "audio_text", [B,1024,C]."""
+        pipeline = self.parts.pipeline("text_encoder", "tokenizer", "connectors")
+        hidden, mask, _, _ = pipeline.encode_prompt(
+            captions,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.text_tokens,
+            device=self.parts.device,
+        )
+        video, audio, mask = pipeline.connectors(
+            hidden, mask, padding_side=pipeline.tokenizer.padding_side
+        )
+        # The connectors put learnt registers in place of padding, so nothing is left to mask, and
+        # attention to the text runs without a bias.
+        if not mask.all():
+            raise ValueError(f"model: expected connectors that fill padding in {self.parts.name}")
+        return {"video_text": video, "audio_text": audio}
+
+    @torch.no_grad()
+    def _connect(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Text features, as the LTX-2 trainer caches them, through the connectors' transformers."""
+        connectors = self.parts.pipeline("connectors").connectors
+        padding = ~conditions["text_mask"].bool()
+        bias = torch.zeros_like(padding, dtype=self.dtype)
+        bias = bias.masked_fill(padding, torch.finfo(self.dtype).min)[:, None, None]
+        return {
+            f"{name}_text": getattr(connectors, f"{name}_connector")(
+                conditions[f"{name}_features"].to(self.dtype), bias
+            )[0]
+            for name in ("video", "audio")
+        }
+
+    # --- the transformer --------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> LTX2VideoTransformer3DModel:
+        return self.parts["transformer"]
+
+    def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """σ = sigmoid(N(0,1) + μ), stretched, 10 % uniform; see `draw_sigma`."""
+        video, audio = (timeline.frames * timeline.tokens for timeline in self.timelines)
+        sigma = draw_sigma(batch, self._shift(video), generator)
+        if self.sigma == "shared":
+            return sigma, sigma
+        return sigma, draw_sigma(batch, self._shift(audio), generator)
+
+    def _shift(self, tokens: int) -> float:
+        """μ: linear in the number of tokens, 0.95 at 1024 and 2.05 at 4096 and above."""
+        most = self._schedule.get("max_image_seq_len") or 4096
+        return calculate_shift(min(tokens, most), *self._shift_arguments())
+
+    def _shift_arguments(self) -> tuple[float, ...]:
+        """`calculate_shift`'s settings, with the pipeline's own defaults for LTX-2."""
+        return tuple(
+            self._schedule.get(key, default)
+            for key, default in (
+                ("base_image_seq_len", 1024),
+                ("max_image_seq_len", 4096),
+                ("base_shift", 0.95),
+                ("max_shift", 2.05),
+            )
+        )
+
+    def velocity(
+        self,
+        transformer: Callable,
+        noisy: tuple[Tensor, Tensor],
+        sigma: tuple[Tensor, Tensor],
+        conditions: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """v = ε − x of both streams, packed: the pipeline's own call, with a σ for each stream."""
+        if "video_features" in conditions:
+            conditions = self._connect(conditions)
+        video, audio = (latents.to(self.dtype) for latents in noisy)
+        scale = self.config["timestep_scale_multiplier"]
+        video_time, audio_time = (level.float() * scale for level in sigma)
+        frames, height, width = self.latent_size
+        return transformer(
+            hidden_states=video,
+            audio_hidden_states=audio,
+            encoder_hidden_states=conditions["video_text"].to(self.dtype),
+            audio_encoder_hidden_states=conditions["audio_text"].to(self.dtype),
+            timestep=video_time,
+            audio_timestep=audio_time,
+            sigma=video_time,
+            audio_sigma=audio_time,
+            num_frames=frames,
+            height=height,
+            width=width,
+            fps=self.clip_format.fps,
+            audio_num_frames=self.timelines[1].frames,
+            # Since 2.3 the cross-modal attentions are modulated by the *other* stream's σ.
+            use_cross_timestep=self.config["cross_attn_mod"],
+            return_dict=False,
+        )
+
+    # --- sampling ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int = 30
+    ) -> tuple[Tensor, Tensor]:
+        """Latents by the pipeline's Euler steps, unguided; clip b is a function of seed[b]."""
+        video_line, audio_line = self.timelines
+        tokens = video_line.frames * video_line.tokens
+        video = ops.noise((len(seed), tokens, self.config["in_channels"]), seed)
+        audio = ops.noise(
+            (len(seed), audio_line.frames, self.config["audio_in_channels"]), seed, stream=1
+        )
+        scheduler = copy.deepcopy(self.parts["scheduler"])
+        scheduler.set_timesteps(
+            sigmas=np.linspace(1.0, 1 / steps, steps),
+            mu=calculate_shift(tokens, *self._shift_arguments()),
+            device=seed.device,
+        )
+        for now, then in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
+            sigma = now.expand(len(seed))
+            velocity = self.velocity(transformer, (video, audio), (sigma, sigma), conditions)
+            video = video + (then - now) * velocity[0].float()
+            audio = audio + (then - now) * velocity[1].float()
+        return video, audio
+
+    @torch.no_grad()
+    def decode(self, video: Tensor, audio: Tensor) -> list[Clip]:
+        """Latents as `sample` and `encode` return them, [B,S,C] and [B,L,C], to clips."""
+        pipeline = self.parts.pipeline("vae", "audio_vae", "vocoder")
+        vae, audio_vae = pipeline.vae, pipeline.audio_vae
+        video = LTX2Pipeline._unpack_latents(video.to(self.parts.device), *self.latent_size)
+        video = LTX2Pipeline._denormalize_latents(
+            video, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        )
+        time = video.new_zeros(len(video)) if vae.config.timestep_conditioning else None
+        pictures = vae.decode(video.to(self.dtype), time, return_dict=False)[0]
+        audio = LTX2Pipeline._denormalize_audio_latents(
+            audio.to(self.parts.device), audio_vae.latents_mean, audio_vae.latents_std
+        )
+        bins = audio_vae.config.mel_bins // audio_vae.mel_compression_ratio
+        audio = LTX2Pipeline._unpack_audio_latents(audio, audio.shape[1], bins)
+        mel = audio_vae.decode(audio.to(self.dtype), return_dict=False)[0]
+        return self._clips(
+            pipeline.video_processor.postprocess_video(pictures, output_type="np"),
+            pipeline.vocoder(mel),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[str], *, seed: int = 0, steps: int = 30, **guidance
+    ) -> list[Clip]:
+        """Clips by `LTX2Pipeline` itself, with its guidance; prompt i is a function of seed + i.
+
+        guidance: options of `LTX2Pipeline.__call__` (`negative_prompt`, `guidance_scale`, ...).
+        """
+        pipeline = self.parts.pipeline(*NEEDED)
+        clips = []
+        for offset, prompt in enumerate(prompts):
+            video, audio = pipeline(
+                prompt,
+                height=self.clip_format.height,
+                width=self.clip_format.width,
+                num_frames=round(self.clip_format.seconds * self.clip_format.fps),
+                frame_rate=self.clip_format.fps,
+                num_inference_steps=steps,
+                generator=torch.Generator().manual_seed(seed + offset),
+                use_cross_timestep=self.config["cross_attn_mod"],
+                output_type="np",
+                return_dict=False,
+                **guidance,
+            )
+            clips += self._clips(video, audio)
+        return clips
+
+    def _clips(self, video: np.ndarray, audio: Tensor) -> list[Clip]:
+        """video [B,T,H,W,3] in [0, 1], audio [B,C,N]."""
+        rate = self.parts["vocoder"].config.output_sampling_rate
+        pictures = torch.from_numpy(video).mul(255).round().to(torch.uint8)
+        audio = audio.float().cpu().clamp(-1, 1)
+        return [
+            Clip(frames, self.clip_format.fps, sound, rate)
+            for frames, sound in zip(pictures, audio, strict=True)
+        ]
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_weights(folder, self.transformer, state)
+
+    def load_weights(self, path: Path) -> None:
+        load_weights(path, self.transformer)
+
+
+def log_mel(audio: Tensor, config) -> Tensor:
+    """The audio VAE's input: log max(mel, 1e-5) [C,T,bins] of a waveform [C,N], float32.
+
+    Slaney's mel bands of the magnitudes of a centred Fourier transform of 1024 samples; one frame
+    every `config.mel_hop_length` samples, frame j about sample j * hop.
+    """
+    mel = MelSpectrogram(
+        sample_rate=config.sample_rate,
+        n_fft=MEL_WINDOW,
+        hop_length=config.mel_hop_length,
+        n_mels=config.mel_bins,
+        power=1.0,
+        norm="slaney",
+        mel_scale="slaney",
+    )(audio.float())
+    return mel.clamp(min=LOWEST_MEL).log().mT
+
+
+def draw_sigma(batch: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Noise levels [B] in [0.001, 1], float32: how LTX-2's own trainer draws them.
+
+    σ = sigmoid(N(0,1) + shift), stretched so that its 0.5 and 99.9 percentiles come to 0 and 1;
+    one in ten is uniform, so that no level is forgotten where `shift` is large.
+    """
+    low, high = torch.sigmoid(shift + torch.tensor(PERCENTILES))
+    sigma = torch.sigmoid(torch.randn(batch, generator=generator) + shift)
+    sigma = (sigma - low) / (high - low)
+    sigma = torch.where(sigma < LOWEST_SIGMA, 2 * LOWEST_SIGMA - sigma, sigma).clamp(max=1)
+    uniform = LOWEST_SIGMA + (1 - LOWEST_SIGMA) * torch.rand(batch, generator=generator)
+    return torch.where(torch.rand(batch, generator=generator) < UNIFORM_SHARE, uniform, sigma)

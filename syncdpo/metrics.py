@@ -89,15 +89,15 @@ def sound_events(audio: Tensor, sample_rate: int) -> np.ndarray:
     size, hop = round(WINDOW * sample_rate) // 2 * 2, round(HOP * sample_rate)
     if audio.shape[1] <= size:
         return np.empty(0)
-    # Reflected ends: a tone that sounds from the first sample on does not begin there.
-    x = F.pad(audio.float().mean(0)[None], (size // 2, size // 2), mode="reflect")[0]
-    spectrum = torch.fft.rfft(x.unfold(0, size, hop) * torch.hann_window(size)).abs() * (4 / size)
+    # Whole windows only: nothing is made up beyond the ends, where it would seem to begin or end.
+    frames = audio.float().mean(0).unfold(0, size, hop) * torch.hann_window(size)
+    spectrum = torch.fft.rfft(frames).abs() * (4 / size)
     level = (spectrum.square() @ _mel_bands(size, sample_rate)).sqrt()
     level = F.pad(level.T[None], (REACH, REACH), mode="replicate")[0]
     flux = (level[:, 2 * REACH :] - level[:, : -2 * REACH]).clamp(min=0).sum(0).double().numpy()
     peaks = _peaks(flux, sample_rate / hop, SOUND_FLOOR, SOUND_RATIO, SOUND_CONTRAST)
-    times = np.array([_refined(flux, k) for k in peaks]) * hop / sample_rate + LATENCY
-    return np.clip(times, 0, audio.shape[1] / sample_rate)
+    centres = np.array([_refined(flux, k) * hop + size / 2 for k in peaks]) / sample_rate
+    return np.minimum(centres + LATENCY, audio.shape[1] / sample_rate)
 
 
 def match_events(
@@ -239,13 +239,14 @@ def _peaks(strength: np.ndarray, rate: float, floor: float, ratio: float, contra
     enough = np.maximum(floor, np.maximum(ratio * largest, contrast * usual))
     peak = (strength == around) & (strength >= enough)
     peak[1:] &= strength[1:] != strength[:-1]  # of a plateau only its beginning
+    peak[:1] = False  # what it rises from is not known: it may be the end of something earlier
     return np.nonzero(peak)[0]
 
 
 def _windows(x: np.ndarray, reach: float) -> np.ndarray:
-    """[len(x), 2·reach + 1]: each value's neighbourhood, the ends held."""
+    """[len(x), 2·reach + 1]: each value's neighbourhood, the ends reflected."""
     reach = max(1, round(reach))
-    padded = np.pad(x, reach, mode="edge")
+    padded = np.pad(x, reach, mode="reflect")
     return np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
 
 

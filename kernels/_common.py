@@ -86,6 +86,16 @@ def chunk_start(i_chunk, wide: tl.constexpr):
 
 
 @triton.jit
+def blocks(first, count, vec: tl.constexpr, even: tl.constexpr):
+    """How many blocks of [THREADS, vec] the chunk that starts at `first` has."""
+    number = CHUNK // (THREADS * vec)
+    if not even:
+        left = tl.minimum(count - first, CHUNK).to(tl.int32)
+        number = tl.cdiv(left, THREADS * vec)
+    return number
+
+
+@triton.jit
 def offsets(start, lane, sizes, strides, rowwise: tl.constexpr, align: tl.constexpr):
     """Where elements start [THREADS, 1] + lane [1, VEC] lie in a sample of collapsed axes.
 

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    CHUNK,
     NUM_WARPS,
     THREADS,
     Layout,
+    blocks,
     chunk_start,
     layout,
     load,
@@ -114,7 +114,7 @@ def _chunk_sums(
 
     first = chunk_start(i_chunk, WIDE)
     lane = tl.arange(0, VEC)[None, :]
-    for i_block in range(CHUNK // (THREADS * VEC)):
+    for i_block in range(blocks(first, count, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         inside = start[:, None] + lane < count
         o_target = offsets(start[:, None], lane, sizes, strides[2], ROWWISE, ALIGN[2])
@@ -384,7 +384,7 @@ def _chunk_gradient(
     p_target_lose = row_start(target, i_pair if SHARED else lose, rows[1], ALIGN[1])
     first = chunk_start(i_chunk, WIDE)
     lane = tl.arange(0, VEC)[None, :]
-    for i_block in range(CHUNK // (THREADS * VEC)):
+    for i_block in range(blocks(first, count, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         inside = start[:, None] + lane < count
         o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN[0])
@@ -496,7 +496,7 @@ def _bwd(
 
 
 def _expanded(mask: Sequence[Tensor | None], policy: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each mask in the shape of its policy, bytes for bool; the policy stands in where there is none."""
+    """Each mask in the shape of its policy, bool as bytes; the policy stands in for none."""
     expanded = []
     for own, p in zip(mask, policy, strict=True):
         if own is not None and own.dtype == torch.bool:

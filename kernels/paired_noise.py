@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    CHUNK,
     NUM_WARPS,
     THREADS,
+    blocks,
     chunk_start,
     layout,
     load,
@@ -34,7 +34,7 @@ def _noise_kernel(out, seed, stream, count, chunks, ALIGN: tl.constexpr, WIDE: t
     b_seed = tl.load(seed + i_pair)
     p_out = row_start(out, i_pair, count, ALIGN)
     lane = tl.arange(0, 4)[None, :]
-    for i_block in range(CHUNK // (THREADS * 4)):
+    for i_block in range(blocks(first, count, 4, False)):
         start = first + i_block * (THREADS * 4) + tl.arange(0, THREADS) * 4
         offset = offsets(start[:, None], lane, (count,), (1,), True, ALIGN)
         tl.store(p_out + offset, normals(start, stream, b_seed, 4), offset < count)
@@ -86,7 +86,7 @@ def _noise_chunk(
     p_out_lose = row_start(out, i_pair + batch, count, ALIGN[2])
     first = chunk_start(i_chunk, WIDE)
     lane = tl.arange(0, VEC)[None, :]
-    for i_block in range(CHUNK // (THREADS * VEC)):
+    for i_block in range(blocks(first, count, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         own = offsets(start[:, None], lane, (count,), (1,), True, ALIGN[2])
         inside = own < count

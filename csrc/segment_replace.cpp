@@ -20,10 +20,43 @@ constexpr int64_t kBytesPerThread = 1 << 20;
 // More parts than threads, so that a thread whose part held nothing to replace takes another.
 constexpr int64_t kPartsPerThread = 8;
 
+template <int64_t size>
+void copy_strided(char* to, const char* from, int64_t count, int64_t to_step, int64_t from_step) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * to_step, from + i * from_step, size);
+}
+
+// Short runs, where time is another axis: at most `count` of them along the innermost axis lie in
+// one frame and share its piece. Returns how many were copied; none where they must be blended.
+int64_t copy_runs(const Stream& stream, const Segments& segments, int64_t index, int64_t count) {
+  const int axis = stream.outer_dims - 1;
+  if (stream.time_dim < 0 || stream.time_dim == axis || stream.in_place) return 0;
+  const Run run = find_run(stream, index);
+  const Piece piece = find_piece(stream, segments, run.sample, run.t);
+  if (piece.kind == Kind::blend) return 0;
+  count = std::min(count, stream.size[axis] - index % stream.size[axis]);
+  const char* from = donor_run(stream, run, piece.donor, piece.shift);
+  const int64_t to_step = stream.out_stride[axis], from_step = stream.in_stride[axis];
+  switch (stream.run) {
+    case 1: copy_strided<1>(run.out, from, count, to_step, from_step); break;
+    case 2: copy_strided<2>(run.out, from, count, to_step, from_step); break;
+    case 3: copy_strided<3>(run.out, from, count, to_step, from_step); break;
+    case 4: copy_strided<4>(run.out, from, count, to_step, from_step); break;
+    default:
+      for (int64_t i = 0; i < count; ++i)
+        std::memcpy(run.out + i * to_step, from + i * from_step, stream.run);
+  }
+  return count;
+}
+
 void replace_bytes(const Stream& stream, const Segments& segments, int64_t begin, int64_t end,
                    Phase phase) {
   while (begin < end) {
     const int64_t index = begin / stream.run, offset = begin % stream.run;
+    if (offset == 0 && end - begin >= stream.run) {
+      const int64_t copied = copy_runs(stream, segments, index, (end - begin) / stream.run);
+      begin += copied * stream.run;
+      if (copied > 0) continue;
+    }
     const int64_t bytes = std::min(end - begin, stream.run - offset);
     replace_range(stream, segments, find_run(stream, index), offset, offset + bytes, phase,
                   [](char* to, const char* from, int64_t n) { std::memcpy(to, from, n); });
@@ -35,7 +68,8 @@ void replace_stream(const Stream& stream, const Segments& segments, int threads,
   const int64_t total = stream.samples * stream.runs_per_sample * stream.run;
   const int64_t workers = std::clamp<int64_t>(total / kBytesPerThread, 1, std::max(threads, 1));
   // Parts are the same in both phases, and end between elements.
-  const int64_t parts = workers == 1 ? 1 : std::min(workers * kPartsPerThread, total / kBytesPerThread);
+  const int64_t parts =
+      workers == 1 ? 1 : std::min(workers * kPartsPerThread, total / kBytesPerThread);
   const int64_t part = (total / parts + 63) / 64 * 64;
   std::atomic<int64_t> next{0};
   const auto work = [&] {

@@ -1,9 +1,9 @@
 // Frame-audio segment replacement: the parameters, and the arithmetic that host and device share.
 //
-// A stream is [B, ..., T, ...] in any layout. What the ops see is samples made of runs: the longest
-// stretches of bytes that lie contiguously in input and output alike. A run holds whole frames where
-// time is among its axes, else a part of one frame. Within a run, pieces of neighbouring frames are
-// kept, copied from a donor, or blended; a piece needs no look at single elements unless it blends.
+// A stream is [B, ..., T, ...] in any layout. The kernels see samples made of runs: the longest
+// stretches of bytes that are contiguous in input and output alike. A run holds whole frames where
+// time is among its axes, else a part of one frame. Pieces of neighbouring frames within a run are
+// kept, copied from a donor, or blended; only blending looks at single elements.
 #pragma once
 
 #include <vector>
@@ -183,7 +183,7 @@ SYNCDPO_FN const char* donor_run(const Stream& stream, const Run& run, int64_t d
   return run.in + (donor - run.sample) * stream.in_sample + shift * stream.in_frame;
 }
 
-// Rows one after the other: each blends into what the rows before it left, from donors as they were.
+// Rows one after the other: each blends into what those before it left, from donors as they were.
 template <DType dtype>
 SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, const Run& run,
                             int64_t t, int64_t begin, int64_t end, char* to) {
@@ -321,8 +321,8 @@ SYNCDPO_FN uint32_t load_chunks(const Stream& stream, const Run& run, const char
 }
 
 // A tile within one piece of one run, the common case: 16 bytes at a time. Returns the set of this
-// thread's chunks that are done; left are those that a run begins or ends in, and those whose source
-// has no room around it for aligned reads.
+// thread's chunks that are done; left are those that a run begins or ends in, and those whose
+// source has no room around it for aligned reads.
 template <int threads>
 SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece& piece,
                               int64_t first, int64_t last, int thread) {

@@ -15,7 +15,6 @@ from syncdpo.data import files, latents
 from syncdpo.data.captions import read_captions
 from syncdpo.data.clips import Clip, write_clip
 from syncdpo.data.latents import LatentDataset, prepare
-from syncdpo.data.winners import find_cuts, winner_flags
 
 
 @dataclass(frozen=True)
@@ -368,13 +367,3 @@ def test_a_table_without_captions_is_refused(tmp_path):
     table.write_text("hello")
     with pytest.raises(ValueError, match=r"expected a \.csv"):
         read_captions(tmp_path, table)
-
-
-def test_winner_flags_find_cuts():
-    good, other = make_clip(0), make_clip(1)
-    assert winner_flags(good) == []
-    joined = Clip(torch.cat([good.video, other.video]), 8.0, good.audio, 8000)
-    assert winner_flags(joined) == ["cut at 0.50 s"]
-    flash = good.video.clone()
-    flash[2] = (flash[2].float() * 0.5 + 120).to(torch.uint8)
-    assert find_cuts(flash) == []

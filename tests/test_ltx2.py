@@ -1,14 +1,18 @@
 import json
 import math
 import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import LTX2Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from tiny_ltx2 import VERSIONS, save_tiny_ltx2
 
 from syncdpo import ops
+from syncdpo.config import load_config
 from syncdpo.data.clips import Clip, write_clip
 from syncdpo.data.latents import LatentDataset, prepare
 from syncdpo.data.precomputed import open_latents
@@ -16,6 +20,7 @@ from syncdpo.models import load_model
 from syncdpo.models.ltx2 import LTX2, draw_sigma, log_mel
 
 SIZE = {"frames": 17, "height": 64, "width": 96}
+CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPT = "a ball strikes the floor"
 # Without guidance the pipeline denoises by the velocities alone.
 UNGUIDED = {
@@ -176,7 +181,7 @@ def test_text_features_through_the_connectors_are_the_encoded_text(model):
         )
         for stream in ("video", "audio")
     ]
-    expected = model.encode_text([PROMPT, "x"])
+    expected = model.conditions([PROMPT, "x"])
     for hook in hooks:
         hook.remove()
     found = model._connect({
@@ -201,7 +206,7 @@ def test_velocities_are_those_of_the_pipelines_own_step(model):
     model.generate([PROMPT], steps=3, **UNGUIDED)
     hook.remove()
     assert len(calls) == 3
-    conditions = model.encode_text([PROMPT])
+    conditions = model.conditions([PROMPT])
     for named, expected in calls:
         sigma = named["timestep"] / 1000
         noisy = (named["hidden_states"], named["audio_hidden_states"])
@@ -277,6 +282,15 @@ def test_lora_loads_into_the_pipeline(folders, tmp_path, newest):
             assert relative_error(stream, other) > 1e-3
 
 
+def test_the_shipped_settings_load():
+    config = load_config(CONFIGS / "ltx2_lora.yaml")
+    assert (config.lora_rank, config.normalize, config.gradient_checkpointing) == (32, True, True)
+    for path in CONFIGS.glob("*_gpu*.yaml"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_config_from_file(str(path)).mixed_precision == "bf16"
+
+
 # --- noise levels ---------------------------------------------------------------------------------
 
 
@@ -294,9 +308,16 @@ def test_sigmas_are_distributed_as_published(shift):
     assert drawn.min() >= 1e-3
     assert drawn.max() <= 1
     low, high = (1 / (1 + math.exp(-shift - z)) for z in (-2.5758, 3.0902))
-    for level in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+
+    def stretched(level):
         before = low + level * (high - low)
-        normal = torch.special.ndtr(torch.tensor(math.log(before / (1 - before)) - shift)).item()
+        if before <= 0:
+            return 0.0
+        return torch.special.ndtr(torch.tensor(math.log(before / (1 - before)) - shift)).item()
+
+    for level in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        # What falls below 0.001 is reflected there.
+        normal = stretched(level) - stretched(2e-3 - level)
         expected = 0.9 * normal + 0.1 * (level - 1e-3) / (1 - 1e-3)
         error = math.sqrt(expected * (1 - expected) / count)
         assert (drawn < level).float().mean().item() == pytest.approx(expected, abs=5 * error)
@@ -317,7 +338,7 @@ def test_sigmas_of_both_streams(folders, kind):
 
 def test_sampling_and_decoding_are_the_pipelines(model):
     seed = torch.tensor([5])
-    latents = model.sample(model.transformer, model.encode_text([PROMPT]), seed, steps=3)
+    latents = model.sample(model.transformer, model.conditions([PROMPT]), seed, steps=3)
     found = model.decode(*latents)[0]
     pipeline = model.parts.pipeline(*model.parts._loaded)
     statistics = pipeline.audio_vae.latents_mean, pipeline.audio_vae.latents_std
@@ -345,6 +366,7 @@ def test_generating_uses_the_pipelines_guidance(newest):
 
 
 def test_prepared_clips_open_for_the_model_that_made_them(folders, tmp_path):
+    (tmp_path / "clips").mkdir()
     for index in range(2):
         write_clip(tmp_path / "clips" / f"{index}.mp4", random_clip(index))
     model = load_model(str(folders["2.3"]), **SIZE)
@@ -357,7 +379,7 @@ def test_prepared_clips_open_for_the_model_that_made_them(folders, tmp_path):
     assert fresh.clip_format == model.clip_format
     assert len(data) == 2
     fresh.check_latents(data[1])
-    with pytest.raises(ValueError, match=r"audio_vae is .* in the cache"):
+    with pytest.raises(ValueError, match=r"connectors is .* in the cache"):
         LatentDataset(cache, LTX2(folders["2.0"], **SIZE).identity())
     fresh.config["in_channels"] = 16
     with pytest.raises(ValueError, match=r"video: expected \[tokens, channels\] of \[18, 16\]"):

@@ -75,7 +75,6 @@ def test_reads_what_the_trainer_writes_now(folders, tmp_path, root):
 def test_reads_what_the_trainer_wrote_before(folders, tmp_path):
     """Packed latents, tensors for numbers, one text for both streams, other names, no padding."""
     latents, heard, text = write_clip_of(tmp_path, "latent_a", "2.0")
-    expected = open_latents(tmp_path, LTX2(folders["2.0"]))
     packed = latents["latents"].permute(1, 2, 3, 0).reshape(-1, 8)
     numbers = {k: torch.tensor(latents[k]) for k in ("num_frames", "height", "width", "fps")}
     old = tmp_path / "old"

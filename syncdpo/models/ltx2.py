@@ -9,7 +9,7 @@ and the distribution of σ in training; both follow the model's published traine
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +141,11 @@ class LTX2:
 
     @torch.no_grad()
     def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
-        """One clip: "video" [S,C], "audio" [L,C], normalised and packed, and `encode_text`."""
+        """One clip: "video" [S,C], "audio" [L,C], normalised and packed, and `conditions`."""
         return {
             "video": self._encode_video(clip),
             "audio": self._encode_audio(clip),
-        } | {name: tensor[0] for name, tensor in self.encode_text([caption]).items()}
+        } | {name: tensor[0] for name, tensor in self.conditions([caption]).items()}
 
     def _encode_video(self, clip: Clip) -> Tensor:
         vae = self.parts.pipeline("vae").vae
@@ -165,11 +165,11 @@ class LTX2:
         return latents[0, : self.timelines[1].frames]
 
     @torch.no_grad()
-    def encode_text(self, captions: list[str]) -> dict[str, Tensor]:
+    def conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What the transformer attends to: "video_text" and "audio_text", [B,1024,C]."""
         pipeline = self.parts.pipeline("text_encoder", "tokenizer", "connectors")
         hidden, mask, _, _ = pipeline.encode_prompt(
-            captions,
+            list(captions),
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_tokens,
             device=self.parts.device,

@@ -167,6 +167,14 @@ def test_any_shape_and_stride(impl, device, pairs, shapes, strides, dtype, optio
     assert_matches_oracle(impl, *inputs, beta=[1.0] * len(shapes), **options)
 
 
+def test_many_chunks_and_mixed_dtypes(impl, device):
+    """Several chunks per sample, full and not; each modality and each tensor of its own dtype."""
+    policy, reference, target = predictions((2, 9001), (2, 8192), (2, 2, 2100), device=device)
+    policy[0], target[1] = policy[0].bfloat16(), target[1].half()
+    reference[2] = reference[2].bfloat16()
+    assert_matches_oracle(impl, policy, reference, target, beta=[1.0, 2.0, 3.0], sft_weight=0.1)
+
+
 def test_gradcheck():
     inputs = predictions(*SHAPES)
     policy, reference, target = (double(tensors) for tensors in inputs)

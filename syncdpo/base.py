@@ -26,7 +26,7 @@ CLIPS = 3072
 FIRST_SEED = 10_000_000  # far from every clip that anything else is trained or measured on
 LARGEST_OFFSET = 0.5  # s
 SETTINGS = TrainConfig(
-    output="runs/base", method="sft", steps=1800, batch_size=32, learning_rate=1.5e-3, warmup=100
+    output="runs/base", method="sft", steps=1500, batch_size=32, learning_rate=1.5e-3, warmup=100
 )
 
 

@@ -24,6 +24,9 @@ app = typer.Typer(
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
+Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
+Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -74,26 +77,41 @@ def prepare(
     output: Output = Path("runs/latents"),
     model: Annotated[str, typer.Option(help="tiny, or an LTX-2 folder or hub id.")] = "tiny",
     captions: Annotated[
-        Path | None, typer.Option(help="csv or jsonl of captions; default: sidecar .txt files.")
+        Path | None, typer.Option(help="csv, jsonl or json; default: .txt beside each clip.")
     ] = None,
     strict: Annotated[bool, typer.Option(help="Leave out clips that look out of step.")] = False,
     shard: Annotated[str, typer.Option(help="rank/world: this process's share.")] = "0/1",
+    frames: Frames = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    fps: Rate = None,
 ) -> None:
     """Encode clips to latents once; safe to interrupt, resumed by the same command."""
     from syncdpo.data.captions import read_captions
     from syncdpo.data.latents import prepare as prepare_clips
-    from syncdpo.models import load_model
 
     rank, _, world = shard.partition("/")
+    if not (rank.isdecimal() and world.isdecimal()):
+        raise ValueError(f"shard: expected rank/world, as 0/4, got {shard!r}")
     summary = prepare_clips(
-        load_model(model),
+        _load_model(model, frames=frames, height=height, width=width, fps=fps),
         clips,
         output,
-        captions=read_captions(captions, clips) if captions else None,
+        captions=read_captions(clips, captions) or None,
         strict=strict,
         shard=(int(rank), int(world)),
     )
     typer.echo(str(summary))
+
+
+def _load_model(name: str, **wanted):
+    """The model, in another clip format than its own where one is asked for."""
+    from syncdpo.models import load_model
+
+    given = {key: value for key, value in wanted.items() if value is not None}
+    if given and name == "tiny":
+        raise ValueError(f"{', '.join(given)}: tiny has one clip format, 2 s of 64×64 at 24 fps")
+    return load_model(name, **given)
 
 
 def _with_settings(command):
@@ -155,11 +173,20 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Clips to generate.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     seed: Seed = 0,
+    frames: Frames = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    fps: Rate = None,
 ) -> None:
     """Generate clips as mp4."""
-    from syncdpo.sampling import sample_clips
+    from syncdpo.sampling import generate, noise_seeds
 
-    for path in sample_clips(model, output, weights, caption, count, steps, seed):
+    loaded = _load_model(model, frames=frames, height=height, width=width, fps=fps)
+    if weights:
+        loaded.load_weights(weights)
+    seeds = noise_seeds(count, seed, "sample")
+    batch = 32 if model == "tiny" else 1
+    for path in generate(loaded, output, seeds, caption=caption, steps=steps, batch=batch):
         typer.echo(str(path))
 
 
@@ -173,6 +200,30 @@ def evaluate(
     from syncdpo.evaluation import evaluate_folder
 
     typer.echo(evaluate_folder(clips, output, with_av_align=av_align))
+
+
+@app.command()
+def probe(
+    data: Annotated[Path, typer.Argument(help="Latent cache made by `syncdpo prepare`.")],
+    model: Annotated[str, typer.Option(help="The model that the cache belongs to.")] = "tiny",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each listener.")] = 200,
+    seed: Seed = 0,
+) -> None:
+    """Can losers be told by their sound alone? Near 50 %: the rule teaches time, no artefact."""
+    import torch
+
+    from syncdpo.data.latents import LatentDataset
+    from syncdpo.models import load_model
+    from syncdpo.probe import probe_all, table
+
+    loaded = load_model(model)
+    latents = LatentDataset(data, loaded.identity())
+    audio = torch.stack([sample["audio"] for sample in latents])
+    video_timeline, audio_timeline = loaded.timelines
+    findings = probe_all(
+        audio, video_timeline=video_timeline, audio_timeline=audio_timeline, steps=steps, seed=seed
+    )
+    typer.echo(table(findings))
 
 
 @app.command()

@@ -16,7 +16,7 @@ def _setting(default, text: str):
 class TrainConfig:
     """Every setting of a run, with its default. Raises ValueError naming the setting at fault."""
 
-    data: str = _setting("", "latent cache made by `syncdpo prepare`")
+    data: str = _setting("", "cache of `syncdpo prepare`, or an LTX-2 trainer's .precomputed")
     output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
     model: str = _setting("tiny", "tiny, or folder or hub id of a diffusers LTX-2 pipeline")
     weights: str = _setting("", "start from these weights instead of the model's own")
@@ -30,10 +30,12 @@ class TrainConfig:
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, "longer gradients are shortened to this norm")
     lora_rank: int = _setting(0, "rank of the LoRA; 0 trains all weights")
+    sigma: str = _setting("shared", "noise level: shared by both streams of a clip, or separate")
     rules: str = _setting("replace+scale", "shift, scale, warp, replace, or several joined by +")
     matched: float = _setting(0.5, "share of matched pairs")
     curriculum: str = _setting("linear", "linear, cosine, stages, constant or adaptive")
-    beta: float = _setting(50.0, "β of the DPO loss")
+    beta_video: float = _setting(0.0, "β of the DPO loss on the video's errors")
+    beta_audio: float = _setting(50.0, "β of the DPO loss on the audio's errors")
     normalize: bool = _setting(False, "divide margins by the reference's errors (β about 5)")
     logistic: str = _setting("joint", "one preference per clip (joint) or stream (separate)")
     sft_weight: float = _setting(1.0, "weight of the winner's own error")
@@ -54,6 +56,7 @@ class TrainConfig:
 
         choices = {
             "method": ("sft", "syncdpo"),
+            "sigma": ("shared", "separate"),
             "schedule": ("constant", "linear", "cosine"),
             "logistic": ("joint", "separate"),
             "mixed_precision": ("fp32", "bf16"),
@@ -66,11 +69,12 @@ class TrainConfig:
                 )
         parse_rule(self.rules)
         lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
-        lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "workers", "sft_weight"), 0)
+        lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "workers"), 0)
+        lowest |= dict.fromkeys(("sft_weight", "beta_video", "beta_audio"), 0)
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm", "beta"):
+        for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not 0 <= self.matched <= 1:

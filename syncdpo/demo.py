@@ -187,9 +187,13 @@ def format_table(report: dict) -> str:
 
 
 def format_row(row: dict) -> str:
-    """One line: what every row has in common."""
+    """One line: what every row has in common; figures that there are none of stay empty."""
+    f1, error = (
+        "  — " if row[key] is None else form.format(row[key])
+        for key, form in (("f1", "{:.2f}"), ("onset_error_ms", "{:4.0f}"))
+    )
     return (
-        f"{row['method']:<15} F1 {row['f1']:.2f}   onset error {row['onset_error_ms']:4.0f} ms   "
+        f"{row['method']:<15} F1 {f1}   onset error {error} ms   "
         f"{row['events_per_clip']:.2f} sounds per clip   {row['steps']:4d} steps, "
         f"{row['seconds']:4.0f} s"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from pathlib import Path
 from string import Template
 
@@ -136,7 +137,7 @@ def _smooth(values: list[float], memory: float = 0.9) -> list[float]:
 
 
 def _table(report: dict) -> str:
-    best = min(report["rows"], key=lambda row: row["onset_error_ms"])
+    best = min(report["rows"], key=lambda row: row["onset_error_ms"] or math.inf)
     lines = [
         _line(LABELS[row["method"]], row, "best" if row is best else "") for row in report["rows"]
     ]
@@ -144,7 +145,7 @@ def _table(report: dict) -> str:
 
 
 def _line(label: str, row: dict, style: str) -> str:
-    cells = (form.format(row[key]) if key in row else "" for key, _, form in COLUMNS)
+    cells = ("" if row.get(key) is None else form.format(row[key]) for key, _, form in COLUMNS)
     return f'<tr class="{style}"><td>{label}</td>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from syncdpo.data.clips import write_clip
 from syncdpo.dice import generator
-from syncdpo.models import Model, load_model
+from syncdpo.models import Model
 
 
 def noise_seeds(count: int, *key) -> Tensor:
@@ -44,14 +44,3 @@ def generate(
             bar.update()
             yield path
     bar.close()
-
-
-def sample_clips(
-    name: str, folder: Path, weights: Path | None, caption: str, count: int, steps: int, seed: int
-) -> list[Path]:
-    """Load a model by name, with other weights where given, and generate `count` clips."""
-    model = load_model(name)
-    if weights:
-        model.load_weights(weights)
-    seeds = noise_seeds(count, seed, "sample")
-    return list(generate(model, folder, seeds, caption=caption, steps=steps, batch=min(count, 32)))

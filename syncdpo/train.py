@@ -38,7 +38,7 @@ from syncdpo import ops
 from syncdpo.checkpoint import TRAINED, Log, load_checkpoint, save_checkpoint
 from syncdpo.config import TrainConfig
 from syncdpo.curriculum import Adaptive, curriculum
-from syncdpo.data.latents import LatentDataset
+from syncdpo.data.precomputed import open_latents
 from syncdpo.dice import Dice, Order, Roll
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.negatives import Pairs
@@ -66,10 +66,10 @@ def train(
     TrainingDiverged when no step counts any more; the last good checkpoint is then in place.
     """
     accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
-    model = model or load_model(config.model)
+    model = model or load_model(config.model, sigma=config.sigma)
     if config.weights:
         model.load_weights(Path(config.weights))
-    data = LatentDataset(config.data, model.identity()) if data is None else data
+    data = open_latents(config.data, model) if data is None else data
     policy, reference = policy_and_reference(config, model, accelerator)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad],
@@ -252,7 +252,7 @@ class Learner:
             prediction,
             anchor,
             target,
-            beta=config.beta,
+            beta=(config.beta_video, config.beta_audio),
             reference_error=known,
             pair_weight=pairs.valid.float(),
             logistic=config.logistic,

@@ -43,7 +43,7 @@ def test_sft_learns(tmp_path):
 
 
 def test_syncdpo_learns_to_prefer_the_winner(tmp_path):
-    settings = {"steps": 80, "learning_rate": 1e-2, "curriculum": "constant", "beta": 500.0}
+    settings = {"steps": 80, "learning_rate": 1e-2, "curriculum": "constant", "beta_audio": 500.0}
     log, _ = run(tmp_path, rules="shift", matched=0.0, sft_weight=0.0, **settings)
     accuracy = [entry["implicit_accuracy"] for entry in log]
     assert accuracy[0] == 0.5  # policy and reference agree
@@ -203,8 +203,8 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(tmp_path):
     run(tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         run(tmp_path)
-    with pytest.raises(ValueError, match=r"beta was 50\.0, is 9\.0"):
-        run(tmp_path, resume=True, beta=9.0)
+    with pytest.raises(ValueError, match=r"beta_audio was 50\.0, is 9\.0"):
+        run(tmp_path, resume=True, beta_audio=9.0)
 
 
 def test_two_processes_equal_one(undisturbed, tmp_path):

@@ -1,7 +1,7 @@
 """Rendered clips: balls strike a floor, and each impact is heard.
 
-The picture shows a ball on parabolic arcs between impacts; at each impact the floor lights up where
-the ball stands. The sound is one decaying tone per impact whose pitch goes with the ball's colour.
+The picture shows a ball on parabolic arcs between impacts; at each impact the floor lights up. The
+sound is one decaying tone per impact whose pitch goes with the ball's colour.
 What is seen fixes *what* is heard (the pitch) and *when* (the impacts), so a generator can be good
 at one and bad at the other, and both can be measured without a pretrained judge.
 """
@@ -35,7 +35,7 @@ class Ball:
 
     @property
     def colour(self) -> Tensor:
-        return torch.tensor(colorsys.hsv_to_rgb(self.pitch / len(PITCHES), 0.75, 1.0))
+        return torch.tensor(colorsys.hsv_to_rgb(self.pitch / len(PITCHES), 0.5, 1.0))
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def render_video(balls: list[Ball], seconds: float = SECONDS) -> Tensor:
         centre_y = FLOOR - ball.radius - height
         distance = ((x - ball.x) ** 2 + (y - centre_y[:, None, None]) ** 2).sqrt()
         disc = torch.sigmoid((ball.radius - distance) * 2)[..., None]
-        glow = torch.exp(-since / 0.07)[:, None, None] * torch.exp(-(((x - ball.x) / 14) ** 2))
-        picture = picture + 0.75 * (glow[..., None] * floor) * ball.colour
+        lit = torch.exp(-since / 0.07)[:, None, None, None] * floor
+        picture = picture + 0.7 * lit * (0.5 + 0.5 * ball.colour)
         picture = picture * (1 - disc) + disc * ball.colour
     return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
 

@@ -21,7 +21,7 @@ HOP = SAMPLE_RATE // (AUDIO_RATE * STEPS)
 WINDOW = 2 * HOP
 LEVEL_FLOOR = 0.01  # amplitude; quieter is silence
 # Mean and spread per kind of channel over rendered clips, so that latents are about N(0, 1).
-LUMA, CHROMA, LEVEL = (0.14, 0.14), (0.0, 0.06), (-4.1, 0.9)
+LUMA, CHROMA, LEVEL = (0.14, 0.14), (0.0, 0.06), (-4.4, 0.6)
 
 # Rec. 601 luma and colour differences, full range.
 _YCC = torch.tensor([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])

@@ -51,6 +51,7 @@ class Tiny:
     """The embedded default behind the protocol of `syncdpo.models.Model`.
 
     weights: a file or folder of weights; the shipped base by default, None for random ones.
+    sigma: "shared", one noise level for both streams of a clip, or "separate".
     config: overrides of `CONFIG`, for models smaller still.
     """
 
@@ -62,7 +63,16 @@ class Tiny:
     velocity_sign = +1
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, weights: Path | str | None = BASE, config: dict | None = None):
+    def __init__(
+        self,
+        weights: Path | str | None = BASE,
+        *,
+        sigma: str = "shared",
+        config: dict | None = None,
+    ):
+        if sigma not in ("shared", "separate"):
+            raise ValueError(f"sigma: expected shared or separate, got {sigma!r}")
+        self.sigma = sigma
         self.transformer = LTX2VideoTransformer3DModel(**CONFIG | (config or {}))
         if weights is not None:
             self.load_weights(Path(weights))
@@ -83,9 +93,11 @@ class Tiny:
         return {}
 
     def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """σ = sigmoid(N(0,1)), one for both streams of a clip."""
-        sigma = torch.sigmoid(torch.randn(batch, generator=generator))
-        return sigma, sigma
+        """σ = sigmoid(N(0,1)), one for both streams of a clip or one for each."""
+        first = torch.sigmoid(torch.randn(batch, generator=generator))
+        if self.sigma == "shared":
+            return first, first
+        return first, torch.sigmoid(torch.randn(batch, generator=generator))
 
     def velocity(
         self,

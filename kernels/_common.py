@@ -103,8 +103,7 @@ def offsets(start, lane, sizes, strides, rowwise: tl.constexpr, align: tl.conste
     """
     index = start if rowwise else start + lane
     offset = index * 0
-    for back in tl.static_range(len(sizes) - 1):
-        axis: tl.constexpr = len(sizes) - 1 - back
+    for axis in tl.static_range(len(sizes) - 1, 0, -1):
         offset += index % sizes[axis] * strides[axis]
         index = index // sizes[axis]
     offset += index * strides[0]

@@ -33,6 +33,12 @@ REFERENCE = tl.constexpr(4)  # (r − y)²
 SELECTED = tl.constexpr(6)  # the mask
 PARTIALS_PER_TILE = tl.constexpr(4096)
 
+OBJECTIVES = ("sigmoid", "hinge", "ipo")
+SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)
+# Constant tuples are flat, numbers only: Triton 3.6 takes no others.
+FLAGS_PER_MODALITY = tl.constexpr(11)
+MASKED_FLAG = tl.constexpr(6)
+
 # ---------------------------------------------------------------- one chunk, forward
 
 
@@ -83,27 +89,31 @@ def _join_quantities(gain, policy, reference, selected, QUANTITIES: tl.constexpr
 @triton.jit
 def _chunk_sums(
     policy, reference, target, mask, seed, stream, i_pair, i_chunk, batch, layout,
-    FLAGS: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTITIES: tl.constexpr,
+    FLAGS: tl.constexpr, M: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTITIES: tl.constexpr,
 ):  # fmt: skip
     """The chunk's partial sums, [QUANTITIES]: winner and loser in turn for each quantity."""
     count, sizes, rows, strides = layout
-    VEC: tl.constexpr = FLAGS[0]
-    ROWWISE: tl.constexpr = FLAGS[1]
-    ALIGN: tl.constexpr = FLAGS[2]
-    WIDE: tl.constexpr = FLAGS[3]
-    EVEN: tl.constexpr = FLAGS[4]
-    SIGN: tl.constexpr = FLAGS[5]
-    SHARED: tl.constexpr = FLAGS[6]
-    MASKED: tl.constexpr = FLAGS[7]
+    FIRST: tl.constexpr = M * FLAGS_PER_MODALITY
+    VEC: tl.constexpr = FLAGS[FIRST]
+    ROWWISE: tl.constexpr = FLAGS[FIRST + 1]
+    WIDE: tl.constexpr = FLAGS[FIRST + 2]
+    EVEN: tl.constexpr = FLAGS[FIRST + 3]
+    SIGN: tl.constexpr = FLAGS[FIRST + 4]
+    SHARED: tl.constexpr = FLAGS[FIRST + 5]
+    MASKED: tl.constexpr = FLAGS[FIRST + MASKED_FLAG]
+    ALIGN_POLICY: tl.constexpr = FLAGS[FIRST + 7]
+    ALIGN_REFERENCE: tl.constexpr = FLAGS[FIRST + 8]
+    ALIGN_TARGET: tl.constexpr = FLAGS[FIRST + 9]
+    ALIGN_MASK: tl.constexpr = FLAGS[FIRST + 10]
 
     win = _pair_row(i_pair, batch, 0, INTERLEAVED)
     lose = _pair_row(i_pair, batch, 1, INTERLEAVED)
-    p_policy_win = row_start(policy, win, rows[0], ALIGN[0])
-    p_policy_lose = row_start(policy, lose, rows[0], ALIGN[0])
-    p_reference_win = row_start(reference, win, rows[1], ALIGN[1])
-    p_reference_lose = row_start(reference, lose, rows[1], ALIGN[1])
-    p_target_win = row_start(target, i_pair if SHARED else win, rows[2], ALIGN[2])
-    p_target_lose = row_start(target, i_pair if SHARED else lose, rows[2], ALIGN[2])
+    p_policy_win = row_start(policy, win, rows[0], ALIGN_POLICY)
+    p_policy_lose = row_start(policy, lose, rows[0], ALIGN_POLICY)
+    p_reference_win = row_start(reference, win, rows[1], ALIGN_REFERENCE)
+    p_reference_lose = row_start(reference, lose, rows[1], ALIGN_REFERENCE)
+    p_target_win = row_start(target, i_pair if SHARED else win, rows[2], ALIGN_TARGET)
+    p_target_lose = row_start(target, i_pair if SHARED else lose, rows[2], ALIGN_TARGET)
     b_mask_win = tl.zeros([THREADS, VEC], tl.float32)
     b_mask_lose = b_mask_win
     b_noise = b_mask_win
@@ -117,9 +127,9 @@ def _chunk_sums(
     for i_block in range(blocks(first, count, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         inside = start[:, None] + lane < count
-        o_target = offsets(start[:, None], lane, sizes, strides[2], ROWWISE, ALIGN[2])
-        o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN[0])
-        o_reference = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN[1])
+        o_target = offsets(start[:, None], lane, sizes, strides[2], ROWWISE, ALIGN_TARGET)
+        o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN_POLICY)
+        o_reference = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN_REFERENCE)
         b_target_win = load(p_target_win + o_target, inside, EVEN)
         b_target_lose = b_target_win if SHARED else load(p_target_lose + o_target, inside, EVEN)
         b_policy_win = load(p_policy_win + o_policy, inside, EVEN)
@@ -127,10 +137,10 @@ def _chunk_sums(
         b_reference_win = load(p_reference_win + o_reference, inside, EVEN)
         b_reference_lose = load(p_reference_lose + o_reference, inside, EVEN)
         if MASKED:
-            o_mask = offsets(start[:, None], lane, sizes, strides[3], ROWWISE, ALIGN[3])
-            p_mask = row_start(mask, win, rows[3], ALIGN[3])
+            o_mask = offsets(start[:, None], lane, sizes, strides[3], ROWWISE, ALIGN_MASK)
+            p_mask = row_start(mask, win, rows[3], ALIGN_MASK)
             b_mask_win = load(p_mask + o_mask, inside, EVEN)
-            p_mask = row_start(mask, lose, rows[3], ALIGN[3])
+            p_mask = row_start(mask, lose, rows[3], ALIGN_MASK)
             b_mask_lose = load(p_mask + o_mask, inside, EVEN)
         if SIGN != 0:
             b_noise = normals(start, stream, b_seed, VEC)
@@ -189,12 +199,12 @@ def _log1p_exp(x):
 @triton.jit
 def _objective(margin, smoothing, OBJECTIVE: tl.constexpr):
     """Value and derivative; NaN where the margin is not finite."""
-    if OBJECTIVE == "sigmoid":
+    if OBJECTIVE == SIGMOID:
         right, right_slope = _log1p_exp(-margin)
         wrong, wrong_slope = _log1p_exp(margin)
         value = (1.0 - smoothing) * right + smoothing * wrong
         slope = smoothing * wrong_slope - (1.0 - smoothing) * right_slope
-    elif OBJECTIVE == "hinge":
+    elif OBJECTIVE == HINGE:
         value = tl.maximum(1.0 - margin, 0.0)
         slope = tl.where(margin < 1.0, -1.0, 0.0)
     else:
@@ -216,7 +226,7 @@ def _divisors(sums, half: tl.constexpr, layouts, m, FLAGS: tl.constexpr, Q: tl.c
     """What the means divide by, per modality: the elements, or the sum of the mask."""
     divisor = tl.zeros_like(m).to(tl.float32)
     for i in tl.static_range(len(layouts)):
-        if FLAGS[i][7]:
+        if FLAGS[i * FLAGS_PER_MODALITY + MASKED_FLAG]:
             divisor = tl.where(m == i, tl.load(sums + i * Q + SELECTED + half), divisor)
         else:
             divisor = tl.where(m == i, layouts[i][0] * 1.0, divisor)
@@ -320,7 +330,7 @@ def _forward_kernel(
         if (i_chunk >= 0) & (i_chunk < chunks[i]):
             b_sums = _chunk_sums(
                 policy[i], reference[i], target[i], mask[i], seed[i], stream[i], i_pair, i_chunk,
-                batch, layouts[i], FLAGS[i], OPTIONS[6], Q,
+                batch, layouts[i], FLAGS, i, OPTIONS[6], Q,
             )  # fmt: skip
             tl.store(p_partials + tl.arange(0, Q) * total, b_sums)
         i_chunk -= chunks[i]
@@ -358,7 +368,7 @@ def _backward_kernel(
             factor_lose = b_grad * tl.load(slope + i * 2 * batch + lose)
             _chunk_gradient(
                 policy[i], target[i], mask[i], grad[i], seed[i], stream[i], factor_win,
-                factor_lose, i_pair, win, lose, i_chunk, layouts[i], FLAGS[i],
+                factor_lose, i_pair, win, lose, i_chunk, layouts[i], FLAGS, i,
             )  # fmt: skip
         i_chunk -= chunks[i]
 
@@ -366,32 +376,38 @@ def _backward_kernel(
 @triton.jit
 def _chunk_gradient(
     policy, target, mask, grad, seed, stream, factor_win, factor_lose, i_pair, win, lose, i_chunk,
-    layout, FLAGS: tl.constexpr,
+    layout, FLAGS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     count, sizes, rows, strides = layout
-    VEC: tl.constexpr = FLAGS[0]
-    ROWWISE: tl.constexpr = FLAGS[1]
-    ALIGN: tl.constexpr = FLAGS[2]
-    WIDE: tl.constexpr = FLAGS[3]
-    EVEN: tl.constexpr = FLAGS[4]
-    SIGN: tl.constexpr = FLAGS[5]
-    SHARED: tl.constexpr = FLAGS[6]
-    MASKED: tl.constexpr = FLAGS[7]
+    FIRST: tl.constexpr = M * FLAGS_PER_MODALITY
+    VEC: tl.constexpr = FLAGS[FIRST]
+    ROWWISE: tl.constexpr = FLAGS[FIRST + 1]
+    WIDE: tl.constexpr = FLAGS[FIRST + 2]
+    EVEN: tl.constexpr = FLAGS[FIRST + 3]
+    SIGN: tl.constexpr = FLAGS[FIRST + 4]
+    SHARED: tl.constexpr = FLAGS[FIRST + 5]
+    MASKED: tl.constexpr = FLAGS[FIRST + MASKED_FLAG]
+    ALIGN_POLICY: tl.constexpr = FLAGS[FIRST + 7]
+    ALIGN_TARGET: tl.constexpr = FLAGS[FIRST + 8]
+    ALIGN_MASK: tl.constexpr = FLAGS[FIRST + 9]
+    ALIGN_GRAD: tl.constexpr = FLAGS[FIRST + 10]
 
     b_seed = tl.load(seed + i_pair) if SIGN != 0 else 0
     b_noise = tl.zeros([THREADS, VEC], tl.float32)
-    p_target_win = row_start(target, i_pair if SHARED else win, rows[1], ALIGN[1])
-    p_target_lose = row_start(target, i_pair if SHARED else lose, rows[1], ALIGN[1])
+    p_target_win = row_start(target, i_pair if SHARED else win, rows[1], ALIGN_TARGET)
+    p_target_lose = row_start(target, i_pair if SHARED else lose, rows[1], ALIGN_TARGET)
     first = chunk_start(i_chunk, WIDE)
     lane = tl.arange(0, VEC)[None, :]
     for i_block in range(blocks(first, count, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         inside = start[:, None] + lane < count
-        o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN[0])
-        o_target = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN[1])
-        o_grad = offsets(start[:, None], lane, sizes, strides[3], ROWWISE, ALIGN[3])
-        b_policy_win = load(row_start(policy, win, rows[0], ALIGN[0]) + o_policy, inside, EVEN)
-        b_policy_lose = load(row_start(policy, lose, rows[0], ALIGN[0]) + o_policy, inside, EVEN)
+        o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN_POLICY)
+        o_target = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN_TARGET)
+        o_grad = offsets(start[:, None], lane, sizes, strides[3], ROWWISE, ALIGN_GRAD)
+        b_policy_win = load(row_start(policy, win, rows[0], ALIGN_POLICY) + o_policy, inside, EVEN)
+        b_policy_lose = load(
+            row_start(policy, lose, rows[0], ALIGN_POLICY) + o_policy, inside, EVEN
+        )
         b_target_win = load(p_target_win + o_target, inside, EVEN)
         b_target_lose = b_target_win if SHARED else load(p_target_lose + o_target, inside, EVEN)
         if SIGN != 0:
@@ -401,13 +417,13 @@ def _chunk_gradient(
         b_grad_win = factor_win * (b_policy_win - b_target_win)
         b_grad_lose = factor_lose * (b_policy_lose - b_target_lose)
         if MASKED:
-            o_mask = offsets(start[:, None], lane, sizes, strides[2], ROWWISE, ALIGN[2])
-            b_mask = load(row_start(mask, win, rows[2], ALIGN[2]) + o_mask, inside, EVEN)
+            o_mask = offsets(start[:, None], lane, sizes, strides[2], ROWWISE, ALIGN_MASK)
+            b_mask = load(row_start(mask, win, rows[2], ALIGN_MASK) + o_mask, inside, EVEN)
             b_grad_win = tl.where(b_mask != 0.0, b_grad_win * b_mask, 0.0)
-            b_mask = load(row_start(mask, lose, rows[2], ALIGN[2]) + o_mask, inside, EVEN)
+            b_mask = load(row_start(mask, lose, rows[2], ALIGN_MASK) + o_mask, inside, EVEN)
             b_grad_lose = tl.where(b_mask != 0.0, b_grad_lose * b_mask, 0.0)
-        store(row_start(grad, win, rows[3], ALIGN[3]) + o_grad, b_grad_win, inside, EVEN)
-        store(row_start(grad, lose, rows[3], ALIGN[3]) + o_grad, b_grad_lose, inside, EVEN)
+        store(row_start(grad, win, rows[3], ALIGN_GRAD) + o_grad, b_grad_win, inside, EVEN)
+        store(row_start(grad, lose, rows[3], ALIGN_GRAD) + o_grad, b_grad_lose, inside, EVEN)
 
 
 # ---------------------------------------------------------------- launchers
@@ -449,8 +465,9 @@ def _fwd(
     errors_given = slope if reference_error is None else reference_error.float().contiguous()
     weights_given = weight if pair_weight is None else pair_weight.float().contiguous()
     constants = (
-        quantities, reference_error is None, pair_weight is not None, options.objective,
-        options.separate, options.normalize, options.interleaved, options.mean, options.stats,
+        quantities, reference_error is None, pair_weight is not None,
+        OBJECTIVES.index(options.objective), options.separate, options.normalize,
+        options.interleaved, options.mean, options.stats,
     )  # fmt: skip
     with torch.cuda.device_of(slope):
         _forward_kernel[(batch * total,)](
@@ -513,11 +530,10 @@ def _plain(layouts: Sequence[Layout]) -> tuple:
     return tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts)
 
 
-def _flags(layouts: Sequence[Layout], target, seed, mask, options) -> tuple:
-    """What is compiled in, per modality."""
-    columns = zip(layouts, options.sign, target, seed, mask, strict=True)
-    return tuple(
-        (own.vec, own.rowwise, own.align, own.wide, own.even, sign,
-         s is not None and len(y) == len(s), k is not None)
-        for own, sign, y, s, k in columns
-    )  # fmt: skip
+def _flags(layouts: Sequence[Layout], target, seed, mask, options) -> tuple[int, ...]:
+    """What is compiled in: FLAGS_PER_MODALITY numbers for each modality."""
+    flags = []
+    for own, sign, y, s, k in zip(layouts, options.sign, target, seed, mask, strict=True):
+        shared = s is not None and len(y) == len(s)
+        flags += [own.vec, own.rowwise, own.wide, own.even, sign, shared, k is not None, *own.align]
+    return tuple(flags)

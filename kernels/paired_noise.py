@@ -24,6 +24,9 @@ from ._common import (
     store,
 )
 
+# Constant tuples are flat, numbers only: Triton 3.6 takes no others.
+FLAGS_PER_MODALITY = tl.constexpr(8)
+
 # ---------------------------------------------------------------- kernels
 
 
@@ -61,42 +64,46 @@ def _paired_noise_kernel(
         if (i_chunk >= 0) & (i_chunk < chunks[m]):
             _noise_chunk(
                 win[m], lose[m], out[m], sigma[m], seed, stream + m, i_pair, i_chunk, batch,
-                layouts[m], FLAGS[m],
+                layouts[m], FLAGS, m,
             )  # fmt: skip
         i_chunk -= chunks[m]
 
 
 @triton.jit
 def _noise_chunk(
-    win, lose, out, sigma, seed, stream, i_pair, i_chunk, batch, layout, FLAGS: tl.constexpr
-):
+    win, lose, out, sigma, seed, stream, i_pair, i_chunk, batch, layout,
+    FLAGS: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
     count, sizes, rows, strides = layout
-    VEC: tl.constexpr = FLAGS[0]
-    ROWWISE: tl.constexpr = FLAGS[1]
-    ALIGN: tl.constexpr = FLAGS[2]
-    WIDE: tl.constexpr = FLAGS[3]
-    EVEN: tl.constexpr = FLAGS[4]
-    SHARED: tl.constexpr = FLAGS[5]
+    FIRST: tl.constexpr = M * FLAGS_PER_MODALITY
+    VEC: tl.constexpr = FLAGS[FIRST]
+    ROWWISE: tl.constexpr = FLAGS[FIRST + 1]
+    WIDE: tl.constexpr = FLAGS[FIRST + 2]
+    EVEN: tl.constexpr = FLAGS[FIRST + 3]
+    SHARED: tl.constexpr = FLAGS[FIRST + 4]
+    ALIGN_WIN: tl.constexpr = FLAGS[FIRST + 5]
+    ALIGN_LOSE: tl.constexpr = FLAGS[FIRST + 6]
+    ALIGN_OUT: tl.constexpr = FLAGS[FIRST + 7]
 
     b_seed = tl.load(seed + i_pair)
     b_sigma = tl.load(sigma + i_pair)
     b_clean = 1.0 - b_sigma
-    p_win = row_start(win, i_pair, rows[0], ALIGN[0])
-    p_out_win = row_start(out, i_pair, count, ALIGN[2])
-    p_out_lose = row_start(out, i_pair + batch, count, ALIGN[2])
+    p_win = row_start(win, i_pair, rows[0], ALIGN_WIN)
+    p_out_win = row_start(out, i_pair, count, ALIGN_OUT)
+    p_out_lose = row_start(out, i_pair + batch, count, ALIGN_OUT)
     first = chunk_start(i_chunk, WIDE)
     lane = tl.arange(0, VEC)[None, :]
     for i_block in range(blocks(first, count, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
-        own = offsets(start[:, None], lane, (count,), (1,), True, ALIGN[2])
+        own = offsets(start[:, None], lane, (count,), (1,), True, ALIGN_OUT)
         inside = own < count
-        offset = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN[0])
+        offset = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN_WIN)
         scaled = b_sigma * normals(start, stream, b_seed, VEC)
         noised = tl.fma(load(p_win + offset, inside, EVEN), b_clean, scaled)
         store(p_out_win + own, noised, inside, EVEN)
         if not SHARED:
-            p_lose = row_start(lose, i_pair, rows[1], ALIGN[1])
-            offset = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN[1])
+            p_lose = row_start(lose, i_pair, rows[1], ALIGN_LOSE)
+            offset = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN_LOSE)
             noised = tl.fma(load(p_lose + offset, inside, EVEN), b_clean, scaled)
         store(p_out_lose + own, noised, inside, EVEN)
 
@@ -131,10 +138,9 @@ def _paired_noise(
     total = sum(own.chunks for own in layouts)
     if batch * total == 0:
         return out
-    flags = tuple(
-        (own.vec, own.rowwise, own.align, own.wide, own.even, y is None)
-        for own, y in zip(layouts, lose, strict=True)
-    )
+    flags = []
+    for own, y in zip(layouts, lose, strict=True):
+        flags += [own.vec, own.rowwise, own.wide, own.even, y is None, *own.align]
     with torch.cuda.device_of(seed):
         _paired_noise_kernel[(batch * total,)](
             tuple(win),
@@ -147,7 +153,7 @@ def _paired_noise(
             tuple(own.chunks for own in layouts),
             total,
             tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts),
-            FLAGS=flags,
+            FLAGS=tuple(flags),
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )

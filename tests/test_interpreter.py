@@ -4,8 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
@@ -13,6 +15,10 @@ KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("[a-z]*.py"))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
+@pytest.mark.skipif(
+    version("triton").startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="with this numpy, Triton 3.6 interprets no loop whose bound a kernel computes",
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_in_the_interpreter(kernel):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

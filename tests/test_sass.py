@@ -65,6 +65,14 @@ def test_the_loop_keeps_up_with_memory(table, kernel, noise):
     assert row["issue_slots_per_pair"] <= MOST_SLOTS[kernel, noise], row
 
 
+def test_every_option_compiles_without_spills():
+    script = Path(__file__).parent / "compile_every_option.py"
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
 def test_no_atomic_adds_floats():
     """One kind of atomic is there: an integer counts the programs that are done."""
     kernels = (TOOL.parent.parent / "kernels").glob("*.py")

@@ -1,0 +1,84 @@
+import os
+
+import pytest
+import torch
+
+from syncdpo.ops import Velocity, dpo_loss
+from syncdpo.testing import predictions
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = ((4, 3, 5), (4, 7))
+
+
+def call():
+    policy, reference, target = predictions(*SHAPES)
+    return {"policy": policy, "reference": reference, "target": target, "beta": [1.0, 2.0]}
+
+
+ONE, SEED = torch.zeros(4, 3, 5), torch.arange(2)
+AUDIO = torch.zeros(4, 7)
+BAD_INPUTS = {
+    "odd_batch": ({"policy": [torch.zeros(3, 2)] * 2}, ValueError, r"policy\[0\].*2B.*\[3, 2\]"),
+    "no_pair": ({"policy": [torch.zeros(0, 2)] * 2}, ValueError, r"policy\[0\].*B > 0.*\[0, 2\]"),
+    "empty_axis": ({"policy": [torch.zeros(4, 0)] * 2}, ValueError, r"policy\[0\].*\[4, 0\]"),
+    "no_modality": (
+        {"policy": [], "reference": [], "target": [], "beta": []}, ValueError, r"policy.*empty"
+    ),
+    "batches": ({"policy": [ONE, AUDIO[:2]]}, ValueError, r"policy\[1\].*\[4, …\].*\[2, 7\]"),
+    "dtype": ({"policy": [ONE.long(), AUDIO]}, TypeError, r"policy\[0\].*float32.*int64"),
+    "mixed_float64": ({"policy": [ONE.double(), AUDIO]}, TypeError, r"float64.*float32"),
+    "kind": ({"policy": [ONE, 3]}, TypeError, r"policy\[1\].*tensor.*int"),
+    "reference_shape": ({"reference": [ONE, ONE]}, ValueError, r"reference\[1\].*\[4, 7\].*3, 5\]"),
+    "reference_count": ({"reference": ONE}, ValueError, r"reference.*\(2\).*1"),
+    "reference_missing": ({"reference": None}, ValueError, r"reference.*reference_error.*neither"),
+    "reference_twice": ({"reference_error": torch.zeros(2, 4)}, ValueError, r"reference.*both"),
+    "reference_error": (
+        {"reference": None, "reference_error": torch.zeros(4)}, ValueError,
+        r"reference_error.*\[2, 4\].*\[4\]",
+    ),
+    "target_device": ({"target": [ONE.to("meta"), AUDIO]}, ValueError, r"target\[0\].*cpu.*meta"),
+    "beta_count": ({"beta": [1.0, 2.0, 3.0]}, ValueError, r"beta.*\(2\).*3"),
+    "mask_shape": ({"mask": [torch.ones(4, 2, 5), None]}, ValueError, r"mask\[0\].*\[4, 3, 5\]"),
+    "mask_dtype": ({"mask": [ONE.long(), None]}, TypeError, r"mask\[0\].*bool.*int64"),
+    "mask_count": ({"mask": [None]}, ValueError, r"mask.*\(2\).*1"),
+    "pair_weight": ({"pair_weight": torch.ones(4)}, ValueError, r"pair_weight.*\[2\].*\[4\]"),
+    "objective": ({"objective": "dpo"}, ValueError, r"objective.*'sigmoid'.*'dpo'"),
+    "logistic": ({"logistic": "both"}, ValueError, r"logistic.*'joint'.*'both'"),
+    "normalize": ({"normalize": "policy"}, ValueError, r"normalize.*'reference'.*'policy'"),
+    "layout": ({"layout": "chunk"}, ValueError, r"layout.*'halves'.*'chunk'"),
+    "reduction": ({"reduction": "sum"}, ValueError, r"reduction.*'mean'.*'sum'"),
+    "impl": ({"impl": "cuda"}, ValueError, r"impl.*'auto'.*'cuda'"),
+    "smoothing": ({"label_smoothing": 0.6}, ValueError, r"label_smoothing.*0\.5.*0\.6"),
+    "smoothing_hinge": (
+        {"label_smoothing": 0.1, "objective": "hinge"}, ValueError, r"label_smoothing.*'hinge'"
+    ),
+    "clean_shape": (
+        {"target": [Velocity(ONE[:3], SEED), AUDIO]}, ValueError,
+        r"target\[0\]\.clean.*\[4, 3, 5\] or \[2, 3, 5\].*\[3, 3, 5\]",
+    ),
+    "seed_dtype": (
+        {"target": [Velocity(ONE, SEED.float()), AUDIO]}, TypeError, r"target\[0\]\.seed.*int64"
+    ),
+    "seed_length": (
+        {"target": [Velocity(ONE, torch.arange(4)), AUDIO]}, ValueError,
+        r"target\[0\]\.seed.*\[2\].*\[4\]",
+    ),
+    "stream": ({"target": [Velocity(ONE, SEED, -1), AUDIO]}, ValueError, r"target\[0\]\.stream"),
+    "sign": ({"target": [Velocity(ONE, SEED, 0, 2), AUDIO]}, ValueError, r"target\[0\]\.sign.*2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_inputs_say_what_was_expected(case):
+    change, error, message = BAD_INPUTS[case]
+    arguments = call() | change
+    positional = [arguments.pop(name) for name in ("policy", "reference", "target")]
+    with pytest.raises(error, match=message):
+        dpo_loss(*positional, **arguments)
+
+
+def test_a_kernel_cannot_be_asked_for_where_it_cannot_run(device):
+    if device == "cuda" or INTERPRETED:
+        pytest.skip("it can run here")
+    with pytest.raises(ValueError, match=r"impl.*CUDA.*cpu.*TRITON_INTERPRET"):
+        dpo_loss(ONE, ONE, ONE, beta=1.0, impl="kernel")

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIPS ?=
 
-.PHONY: help install demo tune rules base test lint bench sass gpu-check clean
+.PHONY: help install demo tune base test lint bench sass gpu-check clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,13 @@ lint: $(READY)  ## Check style
 
 bench: $(READY)  ## Run the benchmarks
 	$(BIN)/python -m pytest benchmarks/
+
+sass: $(READY)  ## Compile all kernels without a GPU, read their machine code
+	$(BIN)/python benchmarks/sass.py
+
+gpu-check:  ## All that only a GPU can show, with the Python at hand; offline
+	$(PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean:  ## Remove what was built and run, not the environment
 	rm -rf build dist runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -35,11 +36,11 @@ def generate(
     transformer = model.transformer.eval()
     device = next(transformer.parameters()).device
     bar = tqdm(total=len(seeds), desc=label, unit="clip", disable=not progress)
+    paths = (folder / f"{number:03d}.mp4" for number in count())
     for some in seeds.split(batch):
         conditions = model.conditions([caption] * len(some))
         video, audio = model.sample(transformer, conditions, some.to(device), steps)
-        for clip in model.decode(video, audio):
-            path = folder / f"{bar.n:03d}.mp4"
+        for clip, path in zip(model.decode(video, audio), paths, strict=False):
             write_clip(path, clip)
             bar.update()
             yield path

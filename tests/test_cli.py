@@ -16,7 +16,7 @@ from syncdpo.data.synthetic import render, render_clip
 def invoke(*arguments):
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def exit_code(monkeypatch, capsys, *arguments):

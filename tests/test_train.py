@@ -68,19 +68,21 @@ def test_another_seed_is_another_run(undisturbed, tmp_path):
 
 
 def test_accumulation_changes_nothing(undisturbed, tmp_path):
-    assert_same(undisturbed, run(tmp_path, batch_size=2, accumulation=2), rtol=1e-4)
+    assert_same(undisturbed, run(tmp_path, batch_size=2, accumulation=2), rtol=1e-5)
 
 
 def test_split_pair_has_the_same_gradients(undisturbed, tmp_path):
-    assert_same(undisturbed, run(tmp_path, split_pair=True), rtol=1e-4)
+    assert_same(undisturbed, run(tmp_path, split_pair=True), rtol=1e-5)
     torch.testing.assert_close(
         losses(undisturbed[0]), losses(read_log(tmp_path)), rtol=1e-6, atol=0
     )
 
 
 def test_cached_reference_changes_nothing(tmp_path):
-    plain = run(tmp_path / "plain", draws=3)
-    cached = run(tmp_path / "cached", draws=3, cache_reference=True)
+    # A random model errs by 2; a difference of such numbers is known to β times their rounding.
+    settings = {"draws": 3, "beta_audio": 10.0}
+    plain = run(tmp_path / "plain", **settings)
+    cached = run(tmp_path / "cached", cache_reference=True, **settings)
     torch.testing.assert_close(losses(plain[0]), losses(cached[0]), rtol=1e-6, atol=0)
 
 

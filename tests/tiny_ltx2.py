@@ -65,9 +65,9 @@ def save_tiny_ltx2(folder: Path, version: str = "2.3", seed: int = 0, **connecto
         connectors=_connectors(**options["connectors"] | connectors),
         transformer=_transformer(**options["transformer"]),
         vocoder=LTX2Vocoder(
-            in_channels=2 * BINS, hidden_channels=16, upsample_kernel_sizes=[4, 4],
-            upsample_factors=[2, 2], resnet_kernel_sizes=[3], resnet_dilations=[[1]],
-            output_sampling_rate=3200,
+            in_channels=2 * BINS, hidden_channels=16, upsample_kernel_sizes=[4, 11],
+            upsample_factors=[2, 5], resnet_kernel_sizes=[3], resnet_dilations=[[1]],
+            output_sampling_rate=8000,
         ),
     )  # fmt: skip
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -71,7 +71,7 @@ def load_checkpoint(
         raise ValueError(f"output: {output} holds a run; resume it, or choose another folder")
     if not found:
         return {"step": 0, "seconds": 0.0, "skipped": 0}
-    remove_leftovers(output, {path.name for path in found})
+    remove_leftovers(output)
     with safe_open(found[-1], "pt") as file:
         header = json.loads(file.metadata()["syncdpo"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

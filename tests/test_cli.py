@@ -84,7 +84,7 @@ def test_evaluate_hears_a_lag(tmp_path):
         (["prepare", "{empty}", "-o", "{empty}/out"], "clips"),
         (["evaluate", "{empty}", "-o", "{empty}/out"], "none in"),
         (["prepare", "{empty}/missing"], "missing"),
-        (["train", "--data", "{empty}"], "latent cache"),
+        (["train", "--data", "{empty}"], "syncdpo prepare"),
         (["train", "--steps", "0"], "steps: expected at least 1"),
         (["train", "--config", "{empty}/none.yaml"], "none.yaml"),
     ],

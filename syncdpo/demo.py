@@ -99,6 +99,7 @@ def train_method(
         steps=steps,
         learning_rate=rate,
         seed=config.seed,
+        resume=True,  # `make demo` again goes on where it was stopped, and repeats no training
     )
     return train(settings, progress=config.progress)
 

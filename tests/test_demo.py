@@ -33,6 +33,10 @@ def test_report_json_has_a_row_per_method(demo):
     assert steps["sft-equal-time"] > 2  # a pair costs more than a clip
 
 
+def test_a_second_run_repeats_no_training_and_finds_the_same(demo):
+    assert run(demo[0])["rows"] == demo[1]["rows"]
+
+
 def test_real_clips_are_in_step(demo):
     assert demo[1]["real"]["f1"] > 0.9
     assert demo[1]["real"]["onset_error_ms"] < 30

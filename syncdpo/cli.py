@@ -14,9 +14,11 @@ except ModuleNotFoundError:
     sys.exit("The command line needs the training extras: pip install 'syncdpo[train]'")
 
 from syncdpo import __version__
+from syncdpo.config import TrainConfig, TrainingDiverged
 
 app = typer.Typer(
-    help="Post-train joint video-audio generators to keep time (SyncDPO, arXiv 2605.12179).",
+    help="Post-train joint video-audio generators to keep time (SyncDPO, arXiv 2605.12179). "
+    "Exit codes: 2 for input to be mended, 3 for a training that diverged.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +29,7 @@ Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
 Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
 Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
+Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
 
 
 @app.callback(invoke_without_command=True)
@@ -108,16 +111,16 @@ def _load_model(name: str, **wanted):
     """The model, in another clip format than its own where one is asked for."""
     from syncdpo.models import load_model
 
-    given = {key: value for key, value in wanted.items() if value is not None}
-    if given and name == "tiny":
-        raise ValueError(f"{', '.join(given)}: tiny has one clip format, 2 s of 64×64 at 24 fps")
-    return load_model(name, **given)
+    return load_model(name, **_given(wanted))
+
+
+def _given(options: dict) -> dict:
+    """Without those that were left to their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _with_settings(command):
     """Give the command an option for every setting; None: as in the file, or the default."""
-    from syncdpo.config import TrainConfig
-
     parameters = list(inspect.signature(command).parameters.values())[:-1]
     for setting in fields(TrainConfig):
         option = typer.Option(
@@ -146,10 +149,9 @@ def train(
     **settings,
 ) -> None:
     """Train on prepared latents. On several GPUs: accelerate launch -m syncdpo.cli train …"""
-    from syncdpo.config import TrainConfig, dump_config, load_config
+    from syncdpo.config import dump_config, load_config
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    chosen = replace(load_config(config) if config else TrainConfig(), **given)
+    chosen = replace(load_config(config) if config else TrainConfig(), **_given(settings))
     if show_config:
         typer.echo(dump_config(chosen), nl=False)
         return
@@ -170,24 +172,66 @@ def sample(
         Path | None, typer.Option(help="Trained weights or LoRA; default: the model's own.")
     ] = None,
     caption: Annotated[str, typer.Option(help="What to generate; tiny takes no text.")] = "",
-    count: Annotated[int, typer.Option(min=1, help="Clips to generate.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    captions: Annotated[
+        Path | None, typer.Option(help="Text file with a caption on each line, instead.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Clips to generate of each caption.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; default: the model's own number.")
+    ] = None,
     seed: Seed = 0,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to steer away from; guidance is LTX-2's alone.")
+    ] = None,
+    guidance_scale: Weight = None,
+    audio_guidance_scale: Weight = None,
+    guidance_rescale: Weight = None,
+    audio_guidance_rescale: Weight = None,
+    modality_scale: Weight = None,
+    audio_modality_scale: Weight = None,
+    stg_scale: Weight = None,
+    audio_stg_scale: Weight = None,
+    stg_block: Annotated[
+        list[int] | None,
+        typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
+    ] = None,
     frames: Frames = None,
     height: Pixels = None,
     width: Pixels = None,
     fps: Rate = None,
 ) -> None:
-    """Generate clips as mp4."""
+    """Generate clips as mp4; LTX-2 by its pipeline, guided as the pipeline guides by default."""
     from syncdpo.sampling import generate, noise_seeds
 
+    guidance = _given({
+        "negative_prompt": negative_prompt,
+        "guidance_scale": guidance_scale,
+        "audio_guidance_scale": audio_guidance_scale,
+        "guidance_rescale": guidance_rescale,
+        "audio_guidance_rescale": audio_guidance_rescale,
+        "modality_scale": modality_scale,
+        "audio_modality_scale": audio_modality_scale,
+        "stg_scale": stg_scale,
+        "audio_stg_scale": audio_stg_scale,
+        "spatio_temporal_guidance_blocks": stg_block or None,
+    })  # fmt: skip
+    texts = _lines(captions) if captions else [caption]
+    if captions and caption:
+        raise ValueError("caption: expected none beside --captions")
     loaded = _load_model(model, frames=frames, height=height, width=width, fps=fps)
     if weights:
         loaded.load_weights(weights)
     seeds = noise_seeds(count, seed, "sample")
-    batch = 32 if model == "tiny" else 1
-    for path in generate(loaded, output, seeds, caption=caption, steps=steps, batch=batch):
+    for path in generate(loaded, output, seeds, captions=texts, steps=steps, **guidance):
         typer.echo(str(path))
+
+
+def _lines(captions: Path) -> list[str]:
+    """A caption from each line that has one."""
+    texts = [line.strip() for line in captions.read_text("utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"captions: expected a caption on each line, got none in {captions}")
+    return texts
 
 
 @app.command()
@@ -235,12 +279,15 @@ def info() -> None:
 
 
 def main() -> None:
-    """Run a command; what the user can mend ends in one sentence and exit code 2."""
+    """Run a command; what the user can mend ends in one sentence.
+
+    Exit codes: 2 for wrong input, 3 for a training that diverged.
+    """
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TrainingDiverged) as error:
         typer.echo(f"syncdpo: {error}", err=True)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, TrainingDiverged) else 2)
 
 
 if __name__ == "__main__":

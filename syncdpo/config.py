@@ -12,6 +12,10 @@ def _setting(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+class TrainingDiverged(RuntimeError):
+    """The gradient stayed NaN or infinite for too many steps in a row."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every setting of a run, with its default. Raises ValueError naming the setting at fault."""
@@ -40,7 +44,7 @@ class TrainConfig:
     logistic: str = _setting("joint", "one preference per clip (joint) or stream (separate)")
     sft_weight: float = _setting(1.0, "weight of the winner's own error")
     draws: int = _setting(0, "noise and distortions drawn per clip; 0 draws anew every time")
-    cache_reference: bool = _setting(False, "compute the reference's errors of all draws once")
+    cache_reference: int = _setting(0, "so many draws per clip, their reference errors made once")
     split_pair: bool = _setting(False, "backpropagate winner and loser in turn: half the memory")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward")
     mixed_precision: str = _setting("fp32", "fp32 or bf16")
@@ -69,7 +73,7 @@ class TrainConfig:
                 )
         parse_rule(self.rules)
         lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
-        lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "workers"), 0)
+        lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "cache_reference", "workers"), 0)
         lowest |= dict.fromkeys(("sft_weight", "beta_video", "beta_audio"), 0)
         for name, least in lowest.items():
             if getattr(self, name) < least:
@@ -79,10 +83,21 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not 0 <= self.matched <= 1:
             raise ValueError(f"matched: expected 0 to 1, got {self.matched}")
-        if self.cache_reference and not self.draws:
-            raise ValueError("cache_reference: expected draws of at least 1 with it, got draws 0")
-        if self.draws and self.curriculum == "adaptive":
-            raise ValueError(f"draws: expected 0 with the adaptive curriculum, got {self.draws}")
+        if self.draws and self.cache_reference not in (0, self.draws):
+            raise ValueError(
+                f"cache_reference: expected as many draws per clip as draws says, {self.draws}, "
+                f"got {self.cache_reference}"
+            )
+        for name in ("draws", "cache_reference"):
+            if getattr(self, name) and self.curriculum == "adaptive":
+                raise ValueError(
+                    f"{name}: expected 0 with the adaptive curriculum, got {getattr(self, name)}"
+                )
+
+    @property
+    def draws_per_clip(self) -> int:
+        """K where noise and distortions are drawn K times per clip; 0 where every step draws."""
+        return self.cache_reference or self.draws
 
 
 def load_config(path: Path) -> TrainConfig:

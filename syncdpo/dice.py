@@ -23,17 +23,21 @@ from syncdpo.rules import parse_rule
 
 @dataclass(frozen=True)
 class Roll:
-    """For each of B clips: its number, noise levels, noise seed, and what makes its pair."""
+    """For each of B clips: its number, noise levels, noise seed, and what makes its pair.
+
+    `pairs` is None where the method makes none.
+    """
 
     clips: Tensor
     sigma: Streams
     seed: Tensor
-    pairs: PairDraw
+    pairs: PairDraw | None
     stage: int
 
     def __getitem__(self, rows: list[int]) -> Roll:
         sigma = (self.sigma[0][rows], self.sigma[1][rows])
-        return Roll(self.clips[rows], sigma, self.seed[rows], self.pairs[rows], self.stage)
+        pairs = self.pairs[rows] if self.pairs else None
+        return Roll(self.clips[rows], sigma, self.seed[rows], pairs, self.stage)
 
 
 class Order:
@@ -69,7 +73,7 @@ class Order:
 
 @dataclass
 class Dice:
-    """Rolls for a step, or where `draws` limits them, for a stage of the run and all clips."""
+    """Rolls for a step; or, where draws per clip are limited, for a stage of the run."""
 
     config: TrainConfig
     model: Model
@@ -84,37 +88,41 @@ class Dice:
     def roll(self, step: int, micro: int) -> Roll:
         """This process's part of a step's micro-step."""
         clips, rows = self.order.step(step), self.order.rows(micro)
-        if self.config.draws:
-            return self.stage(step * self.config.draws // self.config.steps)[
-                [clips[r] for r in rows]
-            ]
+        if draws := self.config.draws_per_clip:
+            return self.stage(step * draws // self.config.steps)[[clips[row] for row in rows]]
         difficulty = self.difficulty(step / self.config.steps)
         return self._roll(clips, difficulty, 0, "step", step)[rows]
 
     def _stage(self, stage: int) -> Roll:
         """Draw `stage` of every clip, at the difficulty of the middle of its share of the run."""
-        difficulty = self.difficulty((stage + 0.5) / self.config.draws)
+        difficulty = self.difficulty((stage + 0.5) / self.config.draws_per_clip)
         return self._roll(range(self.order.clips), difficulty, stage, "draw", stage)
 
     def _roll(self, clips, difficulty: float, stage: int, *key) -> Roll:
         source = generator(self.config.seed, *key)
         sigma = self.model.draw_sigma(len(clips), source)
-        video, audio = self.model.timelines
+        seed = torch.randint(2**63 - 1, (len(clips),), generator=source)
+        # Pairs come last: leaving them out changes nothing that is drawn before.
+        pairs = None if self.config.method == "sft" else self._pairs(len(clips), difficulty, source)
         return Roll(
             clips=torch.tensor(clips, device=self.device),
             sigma=tuple(s.to(self.device) for s in sigma),
-            seed=torch.randint(2**63 - 1, (len(clips),), generator=source).to(self.device),
-            pairs=draw_pairs(
-                len(clips),
-                self.rule,
-                difficulty,
-                video_timeline=video,
-                audio_timeline=audio,
-                matched=self.config.matched,
-                generator=source,
-                device=self.device,
-            ),
+            seed=seed.to(self.device),
+            pairs=pairs,
             stage=stage,
+        )
+
+    def _pairs(self, batch: int, difficulty: float, source: Generator) -> PairDraw:
+        video, audio = self.model.timelines
+        return draw_pairs(
+            batch,
+            self.rule,
+            difficulty,
+            video_timeline=video,
+            audio_timeline=audio,
+            matched=self.config.matched,
+            generator=source,
+            device=self.device,
         )
 
 

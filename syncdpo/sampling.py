@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,23 +24,21 @@ def generate(
     folder: Path,
     seeds: Tensor,
     *,
-    caption: str = "",
-    steps: int = 20,
-    batch: int = 32,
+    captions: Sequence[str] = ("",),
+    steps: int | None = None,
     progress: bool = True,
     label: str = "sample",
+    **guidance,
 ) -> Iterator[Path]:
-    """Write one mp4 per seed to `folder`, numbered, and yield it when it is there."""
+    """Write one mp4 per caption and seed to `folder`, numbered, and yield it when it is there.
+
+    All seeds of the first caption come first. steps, guidance: as `Model.generate` takes them.
+    """
+    texts = [caption for caption in captions for _ in seeds]
+    clips = model.generate(texts, seeds.repeat(len(captions)), steps=steps, **guidance)
     folder.mkdir(parents=True, exist_ok=True)
-    transformer = model.transformer.eval()
-    device = next(transformer.parameters()).device
-    bar = tqdm(total=len(seeds), desc=label, unit="clip", disable=not progress)
-    paths = (folder / f"{number:03d}.mp4" for number in count())
-    for some in seeds.split(batch):
-        conditions = model.conditions([caption] * len(some))
-        video, audio = model.sample(transformer, conditions, some.to(device), steps)
-        for clip, path in zip(model.decode(video, audio), paths, strict=False):
-            write_clip(path, clip)
-            bar.update()
-            yield path
-    bar.close()
+    bar = tqdm(clips, label, len(texts), unit="clip", disable=not progress)
+    for number, clip in enumerate(bar):
+        path = folder / f"{number:03d}.mp4"
+        write_clip(path, clip)
+        yield path

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from syncdpo import ops
 from syncdpo.checkpoint import TRAINED, Log, load_checkpoint, save_checkpoint
-from syncdpo.config import TrainConfig
+from syncdpo.config import TrainConfig, TrainingDiverged
 from syncdpo.curriculum import Adaptive, curriculum
 from syncdpo.data.precomputed import open_latents
 from syncdpo.dice import Dice, Order, Roll
@@ -45,10 +45,6 @@ from syncdpo.negatives import Pairs
 
 PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
 PATIENCE = 10  # steps in a row without a finite gradient before the run stops
-
-
-class TrainingDiverged(RuntimeError):
-    """The gradient stayed NaN or infinite for `PATIENCE` steps in a row."""
 
 
 def train(
@@ -83,7 +79,7 @@ def train(
     order = Order(config, len(data), accelerator)
     dice = Dice(config, model, difficulty, order, accelerator.device)
     learner = Learner(config, accelerator, model, policy, reference, progress)
-    if config.cache_reference:
+    if config.cache_reference and config.method == "syncdpo":
         learner.cache_reference(data, dice)
     micro_steps = order.micro_steps(state["step"])
     batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
@@ -290,10 +286,14 @@ class Learner:
         Noise and distortions are functions of (clip, draw), so these are four numbers per draw.
         """
         config, world = self.config, self.accelerator.num_processes
-        errors = torch.zeros(config.draws, len(data), 2, 2, device=self.accelerator.device)
+        errors = torch.zeros(
+            config.cache_reference, len(data), 2, 2, device=self.accelerator.device
+        )
         mine = range(self.accelerator.process_index, len(data), world)
         batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
-        jobs = [(stage, list(clips)) for stage in range(config.draws) for clips in batches]
+        jobs = [
+            (stage, list(clips)) for stage in range(config.cache_reference) for clips in batches
+        ]
         for stage, clips in tqdm(
             jobs, desc="reference", disable=not self.accelerator.is_main_process
         ):

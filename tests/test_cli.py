@@ -87,6 +87,10 @@ def test_evaluate_hears_a_lag(tmp_path):
         (["train", "--data", "{empty}"], "syncdpo prepare"),
         (["train", "--steps", "0"], "steps: expected at least 1"),
         (["train", "--config", "{empty}/none.yaml"], "none.yaml"),
+        (["sample", "-o", "{empty}/out", "--caption", "rain"], "caption: tiny takes no text"),
+        (["sample", "-o", "{empty}/out", "--stg-scale", "0"], "stg_scale: tiny takes no text"),
+        (["sample", "-o", "{empty}/out", "--frames", "9"], "frames: tiny has one clip format"),
+        (["sample", "-o", "{empty}/out", "--captions", "{empty}/none.txt"], "none.txt"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, message):
@@ -94,6 +98,18 @@ def test_what_the_user_can_mend_is_one_sentence(monkeypatch, capsys, tmp_path, a
     code, error = exit_code(monkeypatch, capsys, *filled)
     assert code == 2
     assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_training_that_diverges_is_one_sentence_and_exit_code_3(monkeypatch, capsys, tmp_path):
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips" / "0.mp4", render_clip(0))
+    invoke("prepare", tmp_path / "clips", "-o", tmp_path / "latents")
+    run = ("--data", tmp_path / "latents", "--output", tmp_path / "run", "--batch-size", 1)
+    wild = ("--method", "sft", "--learning-rate", 1e30, "--warmup", 0, "--steps", 30)
+    code, error = exit_code(monkeypatch, capsys, "train", *run, *wild)
+    assert code == 3
+    assert "no finite gradient in 10 steps" in error
     assert "Traceback" not in error
 
 

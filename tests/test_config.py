@@ -26,6 +26,7 @@ def test_yaml_notations_of_a_float(tmp_path):
         ("steps: many", "steps: expected int, got 'many'"),
         ("steps: 2.5", r"steps: expected int, got 2\.5"),
         ("resume: 1", "resume: expected bool, got 1"),
+        ("cache_reference: true", "cache_reference: expected int, got True"),
         ("beta_audio: high", "beta_audio: expected float, got 'high'"),
         ("- steps", "expected `setting: value` lines"),
     ],
@@ -35,6 +36,13 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(path)
+
+
+def test_a_cached_reference_says_how_many_draws_there_are():
+    assert TrainConfig().draws_per_clip == 0
+    assert TrainConfig(draws=3).draws_per_clip == 3
+    assert TrainConfig(cache_reference=3).draws_per_clip == 3
+    assert TrainConfig(draws=3, cache_reference=3).draws_per_clip == 3
 
 
 @pytest.mark.parametrize(
@@ -47,8 +55,10 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
         ({"matched": 1.5}, r"matched: expected 0 to 1, got 1\.5"),
         ({"rules": "shift+blur"}, "blur"),
         ({"curriculum": "steep"}, "curriculum: expected linear"),
-        ({"cache_reference": True}, "cache_reference: expected draws of at least 1"),
+        ({"cache_reference": -1}, "cache_reference: expected at least 0, got -1"),
+        ({"cache_reference": 2, "draws": 3}, "as draws says, 3, got 2"),
         ({"draws": 2, "curriculum": "adaptive"}, "draws: expected 0 with the adaptive"),
+        ({"cache_reference": 2, "curriculum": "adaptive"}, "cache_reference: expected 0 with the"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, message):

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from syncdpo.checkpoint import read_log
 from syncdpo.cli import app
-from syncdpo.data.clips import write_clip
+from syncdpo.data.clips import read_clip, write_clip
 from syncdpo.data.synthetic import render_clip
 from syncdpo.models.weights import LORA
+
+SIZE = ("--frames", 41, "--height", 64, "--width", 64)
 
 
 def invoke(*arguments):
@@ -31,9 +33,8 @@ def prepared(tmp_path_factory):
     for seed in range(3):
         write_clip(folder / "clips" / f"{seed}.mp4", render_clip(seed))
         (folder / "clips" / f"{seed}.txt").write_text("a ball strikes the floor")
-    size = ("--frames", 41, "--height", 64, "--width", 64)
     shown = invoke(
-        "prepare", folder / "clips", "-o", folder / "cache", "--model", folder / "model", *size
+        "prepare", folder / "clips", "-o", folder / "cache", "--model", folder / "model", *SIZE
     )
     assert "3 clips in the cache" in shown
     return folder
@@ -74,12 +75,42 @@ def test_the_pipeline_takes_the_lora(trained):
 
 
 def test_samples_are_written_and_measured(trained):
+    """A clip per caption and seed; the same seed without the LoRA is another clip."""
     folder, output = trained
-    samples = output / "samples"
-    invoke(
-        "sample", "--model", folder / "model", "--weights", output, "-o", samples, "--count", 1,
-        "--steps", 2, "--caption", "a ball", "--frames", 41, "--height", 64, "--width", 64,
-    )  # fmt: skip
+    samples, base = output / "samples", output / "base"
+    (output / "captions.txt").write_text("a ball\n\nrain on a roof\n")
+    options = ("--model", folder / "model", "--count", 1, "--steps", 2, *SIZE)
+    adapted = ("--weights", output, "--captions", output / "captions.txt")
+    invoke("sample", *options, "-o", samples, *adapted)
+    invoke("sample", *options, "-o", base, "--caption", "a ball")
     invoke("evaluate", samples, "-o", output / "figures")
     rows = list(csv.DictReader((output / "figures" / "clips.csv").open()))
-    assert [row["clip"] for row in rows] == ["all", "000.mp4"]
+    assert [row["clip"] for row in rows] == ["all", "000.mp4", "001.mp4"]
+    clips = [read_clip(path) for path in (samples / "000.mp4", base / "000.mp4")]
+    assert not torch.equal(clips[0].video, clips[1].video)
+
+
+def test_guidance_reaches_the_pipeline(prepared, monkeypatch):
+    asked = []
+
+    def watched(pipeline, *arguments, **options):
+        asked.append(options)
+        return call(pipeline, *arguments, **options)
+
+    call = LTX2Pipeline.__call__
+    monkeypatch.setattr(LTX2Pipeline, "__call__", watched)
+    guidance = {
+        "negative_prompt": "noise", "guidance_scale": 2.5, "audio_guidance_scale": 5.5,
+        "guidance_rescale": 0.1, "audio_guidance_rescale": 0.2, "modality_scale": 1.5,
+        "audio_modality_scale": 2.0, "stg_scale": 0.3, "audio_stg_scale": 0.4,
+    }  # fmt: skip
+    options = [part for name, value in guidance.items()
+               for part in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+    invoke(
+        "sample", "--model", prepared / "model", "-o", prepared / "guided", "--count", 1, *SIZE,
+        "--fps", 12, "--steps", 2, *options, "--stg-block", 0, "--stg-block", 1,
+    )  # fmt: skip
+    guidance |= {"spatio_temporal_guidance_blocks": [0, 1], "num_inference_steps": 2}
+    guidance |= {"num_frames": 41, "height": 64, "width": 64, "frame_rate": 12}
+    assert len(asked) == 1
+    assert {name: asked[0][name] for name in guidance} == guidance

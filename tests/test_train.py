@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from micro import STEPS, micro_model, one_of_two, outcome, random_latents, run, run_or_resume
 from safetensors.torch import load_file
 
 from syncdpo.checkpoint import read_log
-from syncdpo.config import TrainConfig
+from syncdpo.config import TrainConfig, TrainingDiverged
+from syncdpo.curriculum import curriculum
+from syncdpo.dice import Dice, Order
 from syncdpo.models.weights import FULL
-from syncdpo.train import PATIENCE, TrainingDiverged, train
+from syncdpo.train import PATIENCE, train
 
 
 def losses(log):
@@ -81,10 +84,24 @@ def test_split_pair_has_the_same_gradients(undisturbed, tmp_path):
 
 def test_cached_reference_changes_nothing(tmp_path):
     # A random model errs by 2; a difference of such numbers is known to β times their rounding.
-    settings = {"draws": 3, "beta_audio": 10.0}
-    plain = run(tmp_path / "plain", **settings)
-    cached = run(tmp_path / "cached", cache_reference=True, **settings)
+    plain = run(tmp_path / "plain", draws=3, beta_audio=10.0)
+    cached = run(tmp_path / "cached", cache_reference=3, beta_audio=10.0)
     torch.testing.assert_close(losses(plain[0]), losses(cached[0]), rtol=1e-6, atol=0)
+
+
+def test_sft_draws_the_same_noise_and_no_pairs():
+    rolls = {}
+    for method in ("sft", "syncdpo"):
+        config, accelerator = TrainConfig(method=method, batch_size=4), Accelerator(cpu=True)
+        order, difficulty = Order(config, 10, accelerator), curriculum("linear")
+        dice = Dice(config, micro_model(), difficulty, order, accelerator.device)
+        rolls[method] = dice.roll(3, 0)
+    sft, syncdpo = rolls["sft"], rolls["syncdpo"]
+    assert sft.pairs is None
+    assert syncdpo.pairs is not None
+    for name in ("clips", "seed"):
+        assert torch.equal(getattr(sft, name), getattr(syncdpo, name))
+    assert all(torch.equal(*streams) for streams in zip(sft.sigma, syncdpo.sigma, strict=True))
 
 
 def test_draws_repeat_within_a_stage_only(tmp_path):

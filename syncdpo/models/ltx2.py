@@ -8,8 +8,7 @@ and the distribution of σ in training; both follow the model's published traine
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
 
-from syncdpo import ops
 from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models.ltx2_parts import NEEDED, Parts
 from syncdpo.models.weights import load_weights, save_weights
@@ -264,77 +262,29 @@ class LTX2:
     # --- sampling ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(
-        self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int = 30
-    ) -> tuple[Tensor, Tensor]:
-        """Latents by the pipeline's Euler steps, unguided; clip b is a function of seed[b]."""
-        video_line, audio_line = self.timelines
-        tokens = video_line.frames * video_line.tokens
-        video = ops.noise((len(seed), tokens, self.config["in_channels"]), seed)
-        audio = ops.noise(
-            (len(seed), audio_line.frames, self.config["audio_in_channels"]), seed, stream=1
-        )
-        scheduler = copy.deepcopy(self.parts["scheduler"])
-        scheduler.set_timesteps(
-            sigmas=np.linspace(1.0, 1 / steps, steps),
-            mu=calculate_shift(tokens, *self._shift_arguments()),
-            device=seed.device,
-        )
-        for now, then in zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False):
-            sigma = now.expand(len(seed))
-            velocity = self.velocity(transformer, (video, audio), (sigma, sigma), conditions)
-            video = video + (then - now) * velocity[0].float()
-            audio = audio + (then - now) * velocity[1].float()
-        return video, audio
-
-    @torch.no_grad()
-    def decode(self, video: Tensor, audio: Tensor) -> list[Clip]:
-        """Latents as `sample` and `encode` return them, [B,S,C] and [B,L,C], to clips."""
-        pipeline = self.parts.pipeline("vae", "audio_vae", "vocoder")
-        vae, audio_vae = pipeline.vae, pipeline.audio_vae
-        video = LTX2Pipeline._unpack_latents(video.to(self.parts.device), *self.latent_size)
-        video = LTX2Pipeline._denormalize_latents(
-            video, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-        )
-        time = video.new_zeros(len(video)) if vae.config.timestep_conditioning else None
-        pictures = vae.decode(video.to(self.dtype), time, return_dict=False)[0]
-        audio = LTX2Pipeline._denormalize_audio_latents(
-            audio.to(self.parts.device), audio_vae.latents_mean, audio_vae.latents_std
-        )
-        bins = audio_vae.config.mel_bins // audio_vae.mel_compression_ratio
-        audio = LTX2Pipeline._unpack_audio_latents(audio, audio.shape[1], bins)
-        mel = audio_vae.decode(audio.to(self.dtype), return_dict=False)[0]
-        return self._clips(
-            pipeline.video_processor.postprocess_video(pictures, output_type="np"),
-            pipeline.vocoder(mel),
-        )
-
-    @torch.no_grad()
     def generate(
-        self, prompts: list[str], *, seed: int = 0, steps: int = 30, **guidance
-    ) -> list[Clip]:
-        """Clips by `LTX2Pipeline` itself, with its guidance; prompt i is a function of seed + i.
+        self, captions: Sequence[str], seeds: Tensor, *, steps: int | None = None, **guidance
+    ) -> Iterator[Clip]:
+        """Clips by `LTX2Pipeline` itself, one at a time, with its own guidance and defaults.
 
-        guidance: options of `LTX2Pipeline.__call__` (`negative_prompt`, `guidance_scale`, ...).
+        guidance: options of `LTX2Pipeline.__call__` (`negative_prompt`, `guidance_scale`, …).
         """
         pipeline = self.parts.pipeline(*NEEDED)
-        clips = []
-        for offset, prompt in enumerate(prompts):
+        options = guidance if steps is None else guidance | {"num_inference_steps": steps}
+        for caption, seed in zip(captions, seeds.tolist(), strict=True):
             video, audio = pipeline(
-                prompt,
+                caption,
                 height=self.clip_format.height,
                 width=self.clip_format.width,
                 num_frames=round(self.clip_format.seconds * self.clip_format.fps),
                 frame_rate=self.clip_format.fps,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed + offset),
+                generator=torch.Generator().manual_seed(seed),
                 use_cross_timestep=self.config["cross_attn_mod"],
                 output_type="np",
                 return_dict=False,
-                **guidance,
+                **options,
             )
-            clips += self._clips(video, audio)
-        return clips
+            yield from self._clips(video, audio)
 
     def _clips(self, video: np.ndarray, audio: Tensor) -> list[Clip]:
         """video [B,T,H,W,3] in [0, 1], audio [B,C,N]."""

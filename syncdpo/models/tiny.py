@@ -5,7 +5,7 @@ sound was moved at random against the picture (`make base`), so it knows what so
 picture but not when: the fault that SyncDPO mends, at a size where mending it takes minutes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +23,7 @@ SECONDS = 2.0
 VIDEO_FRAMES = round(SECONDS * codec.FPS) // codec.PICTURES
 AUDIO_FRAMES = round(SECONDS * codec.AUDIO_RATE)
 CAPTION_CHANNELS = 8
+SAMPLING_STEPS, SAMPLED_TOGETHER = 20, 32
 BASE = Path(__file__).with_name("tiny_base.safetensors")
 
 CONFIG = {
@@ -88,10 +89,6 @@ class Tiny:
             "audio": codec.encode_audio(clip.audio.mean(0)),
         }
 
-    def conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """There is no text."""
-        return {}
-
     def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """σ = sigmoid(N(0,1)), one for both streams of a clip or one for each."""
         first = torch.sigmoid(torch.randn(batch, generator=generator))
@@ -123,7 +120,7 @@ class Tiny:
 
     @torch.no_grad()
     def sample(
-        self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int = 20
+        self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
         """Euler steps over evenly spaced σ from pure noise; clip b is a function of seed[b]."""
         batch = len(seed)
@@ -143,6 +140,16 @@ class Tiny:
             Clip(codec.decode_video(v), codec.FPS, codec.decode_audio(a)[None], codec.SAMPLE_RATE)
             for v, a in zip(video.cpu(), audio.cpu(), strict=True)
         ]
+
+    def generate(
+        self, captions: Sequence[str], seeds: Tensor, *, steps: int | None = None, **guidance
+    ) -> Iterator[Clip]:
+        """Clips by `sample`, 32 at a time; there is neither text nor guidance."""
+        if unused := [*guidance, *(["caption"] if any(captions) else [])]:
+            raise ValueError(f"{', '.join(unused)}: tiny takes no text and has no guidance")
+        transformer = self.transformer.eval()
+        for some in seeds.to(next(transformer.parameters()).device).split(SAMPLED_TOGETHER):
+            yield from self.decode(*self.sample(transformer, {}, some, steps or SAMPLING_STEPS))
 
     def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
         save_weights(folder, self.transformer, state)

@@ -71,9 +71,11 @@ class Distortion:
             )
         if self.warps:
             x = self._warp(x, timeline)
-        if self.replaces:
-            x = self._replace(x, timeline)
-        return x
+        return self.cut(x, timeline)
+
+    def cut(self, x: Tensor, timeline: Timeline) -> Tensor:
+        """One stream with its segments replaced, and not warped."""
+        return self._replace(x, timeline) if self.replaces else x
 
     def aligned(self, own: Timeline, shared: Timeline, matched: Tensor) -> Distortion:
         """The nearest distortion made of whole frames, which blur nothing and keep streams in step.
@@ -123,15 +125,13 @@ class Distortion:
         length = timeline.border(self.start + self.length) - start
         donor_start = timeline.border(self.donor_start).minimum(timeline.frames - length)
         itself = torch.arange(x.shape[0], device=x.device)
-        axis = timeline.dim % x.ndim
-        frames = x if timeline.tokens == 1 else x.unflatten(axis, (timeline.frames, -1))
         replaced, _ = replace_segments(
-            frames,
+            timeline.as_frames(x),
             None,
             Segments(start, length, itself, donor_start),
             video_rate=1.0,  # times are counted in frames here
             audio_rate=None,
-            video_dim=axis,
+            video_dim=timeline.dim % x.ndim,
             crossfade=self.crossfade * timeline.rate,
         )
         return replaced.reshape(x.shape)

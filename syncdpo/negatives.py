@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from syncdpo.distortion import Distortion
+from syncdpo.distortion import Distortion, select
 from syncdpo.ops._checks import check_choice
-from syncdpo.rules import Mixture, Replace, Rule, Scale, Shift, Warp, parse_rule, per_sample
+from syncdpo.rules import Mixture, Pair, Replace, Rule, Scale, Shift, Warp, parse_rule, per_sample
 from syncdpo.timeline import Timeline
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "parse_rule",
 ]
 
-# Winner and loser that differ by less than this share of the winner's size count as the same.
+# Winner and loser that differ by less than this share of their size count as the same.
 SAME = 0.01
 # ... and so do streams that differ by less than this at all: silence with its last-bit noise.
 SILENT = 1e-4
@@ -72,6 +72,7 @@ class PairDraw:
     difficulty: Tensor
     timelines: tuple[Timeline, Timeline]
     distorted: int
+    others: tuple[Pair, ...] = ()
 
     def __getitem__(self, samples: Tensor | slice) -> PairDraw:
         return replace(
@@ -80,24 +81,50 @@ class PairDraw:
             second=self.second[samples],
             matched=self.matched[samples],
             difficulty=self.difficulty[samples],
+            others=tuple((first[samples], second[samples]) for first, second in self.others),
         )
 
     def make(self, video: Tensor, audio: Tensor) -> Pairs:
-        """The pairs of these clips, [N, ...] latents or raw media, in step with each other."""
+        """The pairs of these clips, [N, ...] latents or raw media, in step with each other.
+
+        Where a rule offers several placements, a clip takes the first that sets stretches of the
+        distorted stream against each other which differ at least half as much as unrelated ones,
+
+            Σ (φ₁x − φ₂x)² ≥ share replaced · Σ (x − mean of x over time)²,
+
+        or, where none does, the one that comes closest. Both sides stay the same when φ₁ and φ₂
+        change places, so the choice gives nothing away.
+        """
         media = (video, audio)
-        win = tuple(map(self.first.apply, media, self.timelines))
         own = self.distorted
+        first, second = self._chosen(media[own])
+        win = tuple(map(first.apply, media, self.timelines))
         lose = list(win)
-        lose[own] = self.second.apply(media[own], self.timelines[own])
+        lose[own] = second.apply(media[own], self.timelines[own])
         return Pairs(
             win=win,
             lose=tuple(lose),
-            rule=self.second.rule,
-            strength=_apart(self.first, self.second),
+            rule=second.rule,
+            strength=_apart(first, second),
             difficulty=self.difficulty,
             matched=self.matched,
             valid=_differ(win[own], lose[own]),
         )
+
+    def _chosen(self, x: Tensor) -> Pair:
+        if not self.others:
+            return self.first, self.second
+        tries = ((self.first, self.second), *self.others)
+        timeline = self.timelines[self.distorted]
+        apart = torch.stack(
+            [_energy(first.cut(x, timeline), second.cut(x, timeline)) for first, second in tries]
+        )
+        frames = timeline.as_frames(x).float()
+        still = frames.mean(timeline.dim % x.ndim, keepdim=True)
+        share = self.second.length / timeline.duration
+        enough = share * _energy(frames, still)
+        choice = apart.minimum(enough).argmax(0)  # of equals the first
+        return tuple(select(choice, options) for options in zip(*tries, strict=True))
 
 
 def draw_pairs(
@@ -124,15 +151,16 @@ def draw_pairs(
     is_matched = _chances(batch, device, generator) < matched
     difficulty = per_sample("difficulty", difficulty, is_matched)
     grain = torch.where(is_matched, 1 / shared.rate, 1 / own.rate)
-    first, second = (
-        distortion.aligned(own, shared, is_matched)
-        for distortion in rule.draw_pair(
+    tries = [
+        tuple(distortion.aligned(own, shared, is_matched) for distortion in pair)
+        for pair in rule.draw_tries(
             is_matched, difficulty, duration, grain=grain, generator=generator
         )
-    )
+    ]
     if matched == 0:  # known without looking at a device: the winners are the clips themselves
-        first = replace(first, warps=False, replaces=False)
-    return PairDraw(first, second, is_matched, difficulty, timelines, distorted)
+        tries = [(replace(first, warps=False, replaces=False), second) for first, second in tries]
+    (first, second), *others = tries
+    return PairDraw(first, second, is_matched, difficulty, timelines, distorted, tuple(others))
 
 
 def make_pairs(
@@ -184,6 +212,11 @@ def _chances(batch: int, device: torch.device | str | None, generator: Generator
     return torch.rand(batch, generator=generator, device=origin).to(device)
 
 
+def _energy(x: Tensor, y: Tensor) -> Tensor:
+    """Σ (x − y)² of each sample, [B] float32."""
+    return (x.float() - y.float()).flatten(1).square().sum(1)
+
+
 def _apart(first: Distortion, second: Distortion) -> Tensor:
     """The largest displacement between two distortions of the same samples, [B] seconds."""
     warped = (second.knots - first.knots).abs().amax(1)
@@ -191,7 +224,10 @@ def _apart(first: Distortion, second: Distortion) -> Tensor:
 
 
 def _differ(win: Tensor, lose: Tensor) -> Tensor:
-    """Where a pair differs by more than rounding, codec noise or the ripple of a hum, [B] bool."""
-    size = win.float().flatten(1).square().mean(1).sqrt()
+    """Where a pair differs by more than rounding, codec noise or the ripple of a hum, [B] bool.
+
+    Exchanging both changes nothing, or the choice of pairs would give matched winners away.
+    """
+    size, other = (x.float().flatten(1).square().mean(1).sqrt() for x in (win, lose))
     difference = (lose.float() - win.float()).flatten(1).square().mean(1).sqrt()
-    return difference > SAME * size + SILENT
+    return difference > SAME * size.maximum(other) + SILENT

@@ -6,10 +6,11 @@ own. Drawing is batched tensor arithmetic: no loop over samples, no wait for a d
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from syncdpo.distortion import (
     output_times,
     select,
 )
-from syncdpo.ops._checks import check_tensor
+from syncdpo.ops._checks import check_choice, check_tensor
 
 # A map is kept as this many source times, evenly spaced over the clip.
 KNOTS = 65
@@ -33,6 +34,14 @@ KNOTS = 65
 NOTICED_LAG, NOTICED_LEAD = 0.125, 0.045
 # Ranges in seconds are those of clips this long or longer; they shrink with a shorter clip.
 FULL_RANGE_SECONDS = 2.0
+PLACEMENTS = ("anywhere", "sound")
+# Placements that a pair may choose from, and the steps from one to the next: multiples of these
+# irrational numbers fill the unit cube evenly.
+TRIES = 8
+STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
+
+
+Pair = tuple[Distortion, Distortion]
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,11 @@ class Setting:
 
 
 class Rule:
-    """Draws distortions. `draw` one for each sample, `draw_pair` φ₁ and φ₂ of a pair."""
+    """Draws distortions. `draw` one for each sample, `draw_pair` φ₁ and φ₂ of a pair.
+
+    `draw_tries` draws several pairs for each sample, from the same random numbers: a pair that a
+    clip would leave without a difference to hear can give way to the next.
+    """
 
     def draw(
         self,
@@ -98,17 +111,29 @@ class Rule:
         *,
         grain: float | Tensor = 0.0,
         generator: Generator | None = None,
-    ) -> tuple[Distortion, Distortion]:
+    ) -> Pair:
         """φ₁ and φ₂, exchangeable where `matched` [B] is true; elsewhere φ₁ is the identity.
 
         Both are apart by the amount that the difficulty asks for: in a matched pair by halves to
         either side, so that no more is distorted than has to be.
         """
+        return self.draw_tries(matched, difficulty, duration, grain=grain, generator=generator)[0]
+
+    def draw_tries(
+        self,
+        matched: Tensor,
+        difficulty: float | Tensor,
+        duration: float | Tensor,
+        *,
+        grain: float | Tensor = 0.0,
+        generator: Generator | None = None,
+    ) -> list[Pair]:
+        """The pair that `draw_pair` draws, then those that may take its place."""
         numbers = (("difficulty", difficulty), ("duration", duration), ("grain", grain))
         difficulty, duration, grain = (per_sample(*number, matched) for number in numbers)
-        return self._pair(Setting(difficulty, duration, matched, grain, generator))
+        return self._tries(Setting(difficulty, duration, matched, grain, generator))
 
-    def _pair(self, setting: Setting) -> tuple[Distortion, Distortion]:
+    def _tries(self, setting: Setting) -> list[Pair]:
         raise NotImplementedError
 
 
@@ -119,13 +144,11 @@ class _WarpRule(Rule):
     code: ClassVar[int]
     boundary: str = "wrap"
 
-    def _pair(self, setting: Setting) -> tuple[Distortion, Distortion]:
+    def _tries(self, setting: Setting) -> list[Pair]:
         displacement = self._displacement(setting)
-        first = torch.where(setting.matched, -0.5, 0.0)
-        return tuple(
-            self._distortion(setting.duration, displacement(amount[:, None]))
-            for amount in (first, first + 1.0)
-        )
+        amount = torch.where(setting.matched, -0.5, 0.0)[:, None]
+        first = self._distortion(setting.duration, displacement(amount))
+        return [(first, self._distortion(setting.duration, displacement(amount + 1.0)))]
 
     def _displacement(self, setting: Setting) -> Callable[[Tensor], Tensor]:
         """Source time minus output time, [B, KNOTS], as a function of the amount [B, 1]."""
@@ -231,6 +254,10 @@ class Replace(Rule):
     donors are apart by at least `coarse_gap` seconds at difficulty 0 and `subtle_gap` at 1, as far
     as the clip has room for it. A plain pair uses one donor, a matched pair one for each of its
     two: both then have their seams at the same times.
+
+    `placement`: "anywhere", or "sound", which places them where winner and loser come out
+    different: of `TRIES` placements the first that sets unlike stretches against each other (see
+    `PairDraw.make`). The lengths, and what other rules draw, stay the same.
     """
 
     coarse: tuple[float, float] = (0.5, 0.8)
@@ -238,25 +265,39 @@ class Replace(Rule):
     coarse_gap: float = 0.4
     subtle_gap: float = 0.15
     crossfade: float = 0.0
+    placement: str = "anywhere"
 
-    def _pair(self, setting: Setting) -> tuple[Distortion, Distortion]:
+    def __post_init__(self) -> None:
+        check_choice("placement", self.placement, PLACEMENTS)
+
+    def _tries(self, setting: Setting) -> list[Pair]:
         duration, grain = setting.duration, setting.grain
         length = setting.between(self.coarse, self.subtle) * duration
         length = length.minimum(duration - 3 * grain).maximum(grain)
-        start, donor, other = self._places(setting, duration - length)
-        untouched = self._distortion(duration, start, torch.zeros_like(length), start)
-        first = self._distortion(duration, start, length, donor)
-        second = self._distortion(duration, start, length, other)
-        return select(setting.matched.long(), [untouched, first]), second
+        pairs = []
+        for start, donor, other in self._places(setting, duration - length):
+            untouched = self._distortion(duration, start, torch.zeros_like(length), start)
+            first = self._distortion(duration, start, length, donor)
+            second = self._distortion(duration, start, length, other)
+            pairs.append((select(setting.matched.long(), [untouched, first]), second))
+        return pairs
 
-    def _places(self, setting: Setting, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three starts within `room` seconds, in random order, no two closer than the gap."""
+    def _places(self, setting: Setting, room: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per try three starts within `room` seconds, in random order, no two closer than the gap.
+
+        Every try has the same order: exchanging the donors of one exchanges those of all, and so
+        of the one that a clip chooses. Matched pairs stay exchangeable, whatever the clip.
+        """
         gap = setting.at(self.coarse_gap, self.subtle_gap) * setting.shrinkage
         gap = gap.maximum(setting.grain * 1.001).minimum(room / 2)[:, None]
-        ordered = setting.uniform(3).sort(1).values * (room[:, None] - 2 * gap)
-        ordered = ordered + gap * torch.arange(3, device=room.device)
-        shuffled = ordered.gather(1, setting.uniform(3).argsort(1))
-        return shuffled.unbind(1)
+        numbers, order = setting.uniform(3), setting.uniform(3).argsort(1)
+        step = torch.tensor(STEPS, device=room.device)
+        places = []
+        for i in range(TRIES if self.placement == "sound" else 1):
+            ordered = (numbers + i * step).frac().sort(1).values * (room[:, None] - 2 * gap)
+            ordered = ordered + gap * torch.arange(3, device=room.device)
+            places.append(ordered.gather(1, order).unbind(1))
+        return places
 
     def _distortion(
         self, duration: Tensor, start: Tensor, length: Tensor, donor_start: Tensor
@@ -294,25 +335,52 @@ class Mixture(Rule):
     def __repr__(self) -> str:
         return f"Mixture({list(self.rules)}, weights={list(self.weights)})"
 
-    def _pair(self, setting: Setting) -> tuple[Distortion, Distortion]:
+    def _tries(self, setting: Setting) -> list[Pair]:
         chance = setting.uniform()
         borders = itertools.accumulate(self.weights[:-1])
         choice = sum(
             ((chance >= border).long() for border in borders), torch.zeros_like(chance).long()
         )
-        firsts, seconds = zip(*(rule._pair(setting) for rule in self.rules), strict=True)
-        return select(choice, firsts), select(choice, seconds)
+        tries = [rule._tries(setting) for rule in self.rules]
+        count = max(map(len, tries))
+        # A rule with fewer tries repeats its last.
+        rounds = ([own[min(i, len(own) - 1)] for own in tries] for i in range(count))
+        return [
+            tuple(select(choice, options) for options in zip(*pairs, strict=True))
+            for pairs in rounds
+        ]
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule of that name, or the equal mixture of several joined by "+", as "replace+scale"."""
-    kinds = dict(zip(RULES, (Shift, Scale, Warp, Replace), strict=True))
-    names = text.split("+")
-    unknown = [name for name in names if name not in kinds]
-    if unknown:
-        raise ValueError(f"rule: expected {', '.join(RULES)} or some joined by +, got {text!r}")
-    rules = [kinds[name]() for name in names]
+    """The rule of that name, or the equal mixture of several joined by "+", as "replace+scale".
+
+    Options as in Python: "replace(placement='sound', crossfade=0.04) + scale".
+    """
+    try:
+        rules = [_parse_one(node) for node in _summands(ast.parse(text.strip(), mode="eval").body)]
+    except (SyntaxError, KeyError):
+        raise ValueError(
+            f"rule: expected {', '.join(RULES)} or some joined by +, got {text!r}"
+        ) from None
     return rules[0] if len(rules) == 1 else Mixture(rules)
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_summands(node.left), *_summands(node.right)]
+    return [node]
+
+
+def _parse_one(node: ast.expr) -> Rule:
+    """A name, or a call of one with plain values by keyword; KeyError for anything else."""
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    kind = dict(zip(RULES, (Shift, Scale, Warp, Replace), strict=True))[ast.unparse(call.func)]
+    known = [field.name for field in fields(kind)]
+    plain = all(isinstance(o.value, (ast.Constant, ast.Tuple)) for o in call.keywords)
+    if call.args or not plain or not {o.arg for o in call.keywords} <= set(known):
+        expected, got = ", ".join(known), ast.unparse(node)
+        raise ValueError(f"rule: expected plain values for any of {expected}, got {got!r}")
+    return kind(**{o.arg: ast.literal_eval(o.value) for o in call.keywords})
 
 
 def per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:

@@ -79,6 +79,10 @@ class Timeline:
         """The time at which frame k begins, k whole; the inverse of `border`."""
         return torch.where(border < 1, border * self._lead, border + (self._lead - 1)) / self.rate
 
+    def as_frames(self, x: Tensor) -> Tensor:
+        """A stream with the tokens of a frame on an axis of their own, behind that of time."""
+        return x if self.tokens == 1 else x.unflatten(self.dim, (self.frames, self.tokens))
+
     @property
     def _lead(self) -> float:
         """Length of frame 0, in lengths of a later frame."""

@@ -29,10 +29,10 @@ def sounds(count=160, frames=24, channels=4):
 class Louder(Replace):
     """A rule with a trace that nobody could miss: what it replaces is twice as loud."""
 
-    def _pair(self, setting):
-        first, second = super()._pair(setting)
+    def _tries(self, setting):
+        ((first, second),) = super()._tries(setting)
         loud = type("Loud", (Distortion,), {"apply": lambda self, x, timeline: 2 * x})
-        return first, loud(**vars(second))
+        return [(first, loud(**vars(second)))]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define SYNCDPO_FN __host__ __device__ __forceinline__
+#define SYNCDPO_CALLED __host__ __device__ __noinline__  // its registers and code stand once
 #else
 #define SYNCDPO_FN inline
+#define SYNCDPO_CALLED inline
 #endif
 
 #ifdef __CUDA_ARCH__

@@ -27,9 +27,10 @@ void copy_strided(char* to, const char* from, int64_t count, int64_t to_step, in
 
 // Short runs, where time is another axis: at most `count` of them along the innermost axis lie in
 // one frame and share its piece. Returns how many were copied; none where they must be blended.
-int64_t copy_runs(const Stream& stream, const Segments& segments, int64_t index, int64_t count) {
+int64_t copy_runs(const Stream& stream, const Segments& segments, int64_t index, int64_t count,
+                  Pass pass) {
   const int axis = stream.outer_dims - 1;
-  if (stream.time_dim < 0 || stream.time_dim == axis || stream.in_place) return 0;
+  if (stream.time_dim < 0 || stream.time_dim == axis || pass != Pass::out_of_place) return 0;
   const Run run = find_run(stream, index);
   const Piece piece = find_piece(stream, segments, run.sample, run.t);
   if (piece.kind == Kind::blend) return 0;
@@ -49,43 +50,38 @@ int64_t copy_runs(const Stream& stream, const Segments& segments, int64_t index,
 }
 
 void replace_bytes(const Stream& stream, const Segments& segments, int64_t begin, int64_t end,
-                   Phase phase) {
+                   Pass pass) {
   while (begin < end) {
     const int64_t index = begin / stream.run, offset = begin % stream.run;
     if (offset == 0 && end - begin >= stream.run) {
-      const int64_t copied = copy_runs(stream, segments, index, (end - begin) / stream.run);
+      const int64_t copied = copy_runs(stream, segments, index, (end - begin) / stream.run,
+                                       pass);
       begin += copied * stream.run;
       if (copied > 0) continue;
     }
     const int64_t bytes = std::min(end - begin, stream.run - offset);
-    replace_range(stream, segments, find_run(stream, index), offset, offset + bytes, phase,
+    replace_range(stream, segments, find_run(stream, index), offset, offset + bytes, pass,
                   [](char* to, const char* from, int64_t n) { std::memcpy(to, from, n); });
     begin += bytes;
   }
 }
 
-void replace_stream(const Stream& stream, const Segments& segments, int threads, Phase phase) {
+void replace_stream(const Stream& stream, const Segments& segments, int threads, Pass pass) {
   const int64_t total = stream.samples * stream.runs_per_sample * stream.run;
   const int64_t workers = std::clamp<int64_t>(total / kBytesPerThread, 1, std::max(threads, 1));
-  // Parts are the same in both phases, and end between elements.
+  // Parts are the same in both passes, and end between elements.
   const int64_t parts =
       workers == 1 ? 1 : std::min(workers * kPartsPerThread, total / kBytesPerThread);
   const int64_t part = (total / parts + 63) / 64 * 64;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     for (int64_t begin; (begin = part * next.fetch_add(1)) < total;)
-      replace_bytes(stream, segments, begin, std::min(begin + part, total), phase);
+      replace_bytes(stream, segments, begin, std::min(begin + part, total), pass);
   };
   std::vector<std::future<void>> others;
   for (int64_t i = 1; i < workers; ++i) others.push_back(std::async(std::launch::async, work));
   work();
   for (auto& other : others) other.get();
-}
-
-bool needs_staging(const Stream& stream, const Segments& segments) {
-  for (int64_t sample = 0; sample < stream.samples; ++sample)
-    if (reads_overwritten(stream, segments, sample, 0, stream.frames)) return true;
-  return false;
 }
 
 }  // namespace
@@ -169,12 +165,13 @@ void replace_segments_cpu(std::vector<Stream> streams, const Segments& segments,
   for (Stream& stream : streams) {
     if (stream.samples == 0) continue;
     std::unique_ptr<char[]> scratch;
-    if (stream.in_place && needs_staging(stream, segments)) {
+    if (needs_staging(stream, segments, 0, 1)) {
       scratch.reset(new char[stream.samples * stream.runs_per_sample * stream.run]);
       stream.scratch = scratch.get();
-      replace_stream(stream, segments, threads, Phase::stage);
+      replace_stream(stream, segments, threads, Pass::stage);
     }
-    replace_stream(stream, segments, threads, Phase::write);
+    replace_stream(stream, segments, threads,
+                   stream.in_place ? Pass::in_place : Pass::out_of_place);
   }
 }
 

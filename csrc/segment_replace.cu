@@ -1,5 +1,10 @@
-// Segment replacement on CUDA: one thread block per tile, both streams in one launch.
-#include "segment_replace.h"
+// Segment replacement on CUDA, both streams in one launch: a thread block per tile, or, in place, as
+// many blocks as the device holds at once, so that they can wait for each other. They wait only where
+// a donor is itself overwritten, which the segments' values on the device alone can tell; as samples
+// may swap, no order of copying would do there, and such values go to scratch memory first.
+#include "segment_replace_tiles.h"
+
+#include <cooperative_groups.h>
 
 #include <cstdio>
 #include <stdexcept>
@@ -9,15 +14,8 @@ namespace syncdpo {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 3;  // room for registers without spills; 96 KiB of loads in flight
-constexpr int64_t kTileChunks = kThreads * kChunksPerThread;
-
-struct Launch {
-  Stream stream[2];
-  int64_t tiles[2];
-  Segments segments;
-  bool clip;
-};
+// Room for registers without spills; 96 KiB of loads in flight, 64 in place.
+constexpr int kBlocksPerSm = 3, kInPlaceBlocksPerSm = 2;
 
 enum class Problem { time, donor, past_end };
 
@@ -36,9 +34,8 @@ __device__ __noinline__ void fail(Problem problem, int64_t sample, int64_t row, 
   __trap();
 }
 
-__device__ void check_segment(const Launch& launch, const Stream& stream, int64_t sample,
-                              int64_t row) {
-  const Segments& segments = launch.segments;
+__device__ void check_segment(const Stream& stream, const Segments& segments, bool clip,
+                              int64_t sample, int64_t row) {
   const int64_t index = sample * segments.count + row;
   const int64_t donor = segments.donor[index];
   const double start = seconds_at(segments.start, segments.is_double, index);
@@ -48,28 +45,36 @@ __device__ void check_segment(const Launch& launch, const Stream& stream, int64_
   if (!(low >= 0 && sum < INFINITY)) fail(Problem::time, sample, row, donor, stream);
   if (donor < 0 || donor >= stream.samples) fail(Problem::donor, sample, row, donor, stream);
   const int64_t end = frame_at(fmax(start, donor_start) + length, stream.rate);
-  if (!launch.clip && end > stream.frames) fail(Problem::past_end, sample, row, donor, stream);
+  if (!clip && end > stream.frames) fail(Problem::past_end, sample, row, donor, stream);
 }
 
-// Before use, every segment of the samples that this block's tile touches.
-__device__ void check_segments(const Launch& launch, const Stream& stream, int64_t tile) {
-  const int64_t chunks = stream.runs_per_sample * stream.chunks_per_run;
-  const int64_t first = tile * kTileChunks / chunks;
-  const int64_t last = smaller((tile + 1) * kTileChunks - 1, stream.samples * chunks - 1) / chunks;
-  const int64_t count = launch.segments.count;
-  for (int64_t i = threadIdx.x; i < (last - first + 1) * count; i += kThreads)
-    check_segment(launch, stream, first + i / count, i % count);
-  __syncthreads();
+// By each block, before it uses any of them.
+__device__ void check_segments(const Stream& stream, const Segments& segments, bool clip) {
+  for (int64_t i = threadIdx.x; i < stream.samples * segments.count; i += kThreads)
+    check_segment(stream, segments, clip, i / segments.count, i % segments.count);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    replace_segments_kernel(const __grid_constant__ Launch launch, Phase phase) {
-  const int which = blockIdx.x >= launch.tiles[0];
-  const Stream& stream = launch.stream[which];
-  const int64_t tile = blockIdx.x - (which ? launch.tiles[0] : 0);
-  if (phase == Phase::stage && !stream.in_place) return;
-  check_segments(launch, stream, tile);
-  replace_tile<kThreads>(stream, launch.segments, tile, threadIdx.x, phase);
+    replace_segments_kernel(const __grid_constant__ Launch launch, bool clip) {
+  check_segments(launch.stream[blockIdx.x >= launch.tiles[0]], launch.segments, clip);
+  __syncthreads();
+  replace_tile<kThreads>(launch, blockIdx.x, threadIdx.x, Pass::out_of_place);
+}
+
+__global__ void __launch_bounds__(kThreads, kInPlaceBlocksPerSm)
+    replace_in_place_kernel(const __grid_constant__ Launch launch, bool clip) {
+  for (const Stream& stream : launch.stream) check_segments(stream, launch.segments, clip);
+  __syncthreads();
+  bool staged = false;
+  for (const Stream& stream : launch.stream)
+    staged |= needs_staging(stream, launch.segments, threadIdx.x, kThreads);
+  Pass pass = __syncthreads_or(staged) ? Pass::stage : Pass::in_place;
+  while (true) {
+    replace_tiles<kThreads>(launch, blockIdx.x, gridDim.x, threadIdx.x, pass);
+    if (pass == Pass::in_place) return;
+    cooperative_groups::this_grid().sync();
+    pass = Pass::in_place;
+  }
 }
 
 void check_cuda(cudaError_t status) {
@@ -94,29 +99,33 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// How many blocks the current device holds at once.
+int64_t resident_blocks(int device) {
+  int processors = 0, blocks = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, replace_in_place_kernel,
+                                                           kThreads, 0));
+  return static_cast<int64_t>(processors) * blocks;
+}
+
 }  // namespace
 
 void replace_segments_cuda(const std::vector<Stream>& streams, const Segments& segments, bool clip,
                            int device, uintptr_t cuda_stream) {
-  Launch launch{};
-  launch.segments = segments;
-  launch.clip = clip;
-  bool in_place = false;
-  for (size_t i = 0; i < streams.size(); ++i) {
-    const Stream& stream = streams[i];
-    launch.stream[i] = stream;
-    launch.tiles[i] = (stream.samples * stream.runs_per_sample * stream.chunks_per_run +
-                       kTileChunks - 1) / kTileChunks;
-    in_place |= stream.in_place;
-  }
-  const int64_t blocks = launch.tiles[0] + launch.tiles[1];
-  if (blocks == 0) return;
+  Launch launch = make_launch<kThreads>(streams, segments);
+  const int64_t tiles = launch.tiles[0] + launch.tiles[1];
+  if (tiles == 0) return;
   const DeviceGuard guard(device);
   const auto stream = reinterpret_cast<cudaStream_t>(cuda_stream);
-  const auto grid = static_cast<unsigned>(blocks);
-  if (in_place) replace_segments_kernel<<<grid, kThreads, 0, stream>>>(launch, Phase::stage);
-  replace_segments_kernel<<<grid, kThreads, 0, stream>>>(launch, Phase::write);
-  check_cuda(cudaGetLastError());
+  if (launch.stream[0].in_place || launch.stream[1].in_place) {
+    const auto grid = static_cast<unsigned>(smaller(tiles, resident_blocks(device)));
+    void* arguments[] = {&launch, &clip};
+    check_cuda(cudaLaunchCooperativeKernel(replace_in_place_kernel, grid, kThreads, arguments, 0,
+                                           stream));
+  } else {
+    replace_segments_kernel<<<static_cast<unsigned>(tiles), kThreads, 0, stream>>>(launch, clip);
+    check_cuda(cudaGetLastError());
+  }
 }
 
 }  // namespace syncdpo

@@ -44,8 +44,9 @@ struct Segments {
   bool is_double;
 };
 
-// In place, values whose source is itself overwritten are staged first and written afterwards.
-enum class Phase { stage, write };
+// In place, values whose source is itself overwritten are staged first, by all threads, and written
+// afterwards with the others.
+enum class Pass { out_of_place, stage, in_place };
 
 // ---- From seconds to frames -------------------------------------------------------------------
 
@@ -89,7 +90,7 @@ SYNCDPO_FN Segment resolve(const Stream& stream, const Segments& segments, int64
   return segment;
 }
 
-SYNCDPO_FN float raised_cosine(int64_t edge, int64_t fade) {
+SYNCDPO_CALLED float raised_cosine(int64_t edge, int64_t fade) {
   const double phase = (static_cast<double>(edge) + 0.5) / static_cast<double>(fade);
 #ifdef __CUDA_ARCH__
   return static_cast<float>(0.5 - 0.5 * cospi(phase));
@@ -119,6 +120,7 @@ struct Piece {
 SYNCDPO_FN Piece find_piece(const Stream& stream, const Segments& segments, int64_t sample,
                             int64_t t) {
   Piece piece{Kind::keep, sample, 0, stream.frames};
+  SYNCDPO_ROLLED
   for (int64_t row = 0; row < segments.count; ++row) {
     const Segment segment = resolve(stream, segments, sample, row);
     if (t >= segment.end) continue;
@@ -138,18 +140,29 @@ SYNCDPO_FN Piece find_piece(const Stream& stream, const Segments& segments, int6
 // In place: is any source of frames [begin, end) of `sample` among the frames to be overwritten?
 SYNCDPO_FN bool reads_overwritten(const Stream& stream, const Segments& segments, int64_t sample,
                                   int64_t begin, int64_t end) {
+  SYNCDPO_ROLLED
   for (int64_t row = 0; row < segments.count; ++row) {
     const Segment segment = resolve(stream, segments, sample, row);
     const int64_t shift = segment.donor_first - segment.first;
     const int64_t from = larger(begin, segment.first) + shift;
     const int64_t to = smaller(end, segment.end) + shift;
     if (from >= to) continue;
+    SYNCDPO_ROLLED
     for (int64_t other = 0; other < segments.count; ++other) {
       const Segment target = resolve(stream, segments, segment.donor, other);
       if (larger(from, target.first) < smaller(to, target.end)) return true;
     }
   }
   return false;
+}
+
+// Whether anything is to be staged for samples `first`, `first + step`, ...
+SYNCDPO_FN bool needs_staging(const Stream& stream, const Segments& segments, int64_t first,
+                              int64_t step) {
+  bool needed = false;
+  for (int64_t sample = first; stream.in_place && sample < stream.samples; sample += step)
+    needed = needed || reads_overwritten(stream, segments, sample, 0, stream.frames);
+  return needed;
 }
 
 // ---- Runs -------------------------------------------------------------------------------------
@@ -166,8 +179,9 @@ SYNCDPO_FN Run find_run(const Stream& stream, int64_t index) {
   Run run{stream.in, stream.out, stream.scratch, index / stream.runs_per_sample, 0};
   run.in += run.sample * stream.in_sample;
   run.out += run.sample * stream.out_sample;
-  if (stream.in_place && run.scratch != nullptr) run.scratch += index * stream.run;
+  if (run.scratch != nullptr) run.scratch += index * stream.run;
   int64_t rest = index % stream.runs_per_sample;
+  SYNCDPO_ROLLED
   for (int dim = stream.outer_dims - 1; dim >= 0; --dim) {
     const int64_t i = rest % stream.size[dim];
     rest /= stream.size[dim];
@@ -193,6 +207,7 @@ SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, cons
   const char* donor = nullptr;
   float weight = 0;
   int64_t from = 0, blends = 0;
+  SYNCDPO_ROLLED
   for (int64_t row = 0; row < segments.count; ++row) {
     const Segment segment = resolve(stream, segments, run.sample, row);
     if (t < segment.first || t >= segment.end) continue;
@@ -207,14 +222,17 @@ SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, cons
     }
   }
   if (blends == 1) {
+    SYNCDPO_ROLLED
     for (int64_t p = begin; p < end; p += sizeof(T)) {
       const float value = blend(E::load(read<T>(base + p)), E::load(read<T>(donor + p)), weight);
       write<T>(to + p, E::store(value));
     }
     return;
   }
+  SYNCDPO_ROLLED
   for (int64_t p = begin; p < end; p += sizeof(T)) {
     float value = E::load(read<T>(base + p));
+    SYNCDPO_ROLLED
     for (int64_t row = from; row < segments.count; ++row) {
       const Segment segment = resolve(stream, segments, run.sample, row);
       if (t < segment.first || t >= segment.end) continue;
@@ -244,8 +262,9 @@ SYNCDPO_FN void blend_frame(const Stream& stream, const Segments& segments, cons
 // Bytes [begin, end) of a run, piece by piece; `copy(to, from, bytes)` moves whole elements.
 template <class Copy>
 SYNCDPO_FN void replace_range(const Stream& stream, const Segments& segments, const Run& run,
-                              int64_t begin, int64_t end, Phase phase, Copy copy) {
+                              int64_t begin, int64_t end, Pass pass, Copy copy) {
   int64_t next = end;
+  SYNCDPO_ROLLED
   for (int64_t p = begin; p < end; p = next) {
     const bool time_in_run = stream.time_dim < 0;
     const int64_t row = p / stream.frame;
@@ -254,14 +273,14 @@ SYNCDPO_FN void replace_range(const Stream& stream, const Segments& segments, co
     next = time_in_run ? smaller(end, (row - t + piece.until) * stream.frame) : end;
 
     if (piece.kind == Kind::keep) {
-      if (!stream.in_place) copy(run.out + p, run.in + p, next - p);
+      if (pass == Pass::out_of_place) copy(run.out + p, run.in + p, next - p);
       continue;
     }
     const int64_t frames = (next - 1) / stream.frame - row + 1;
-    const bool staged = stream.in_place &&
+    const bool staged = pass != Pass::out_of_place &&
                         reads_overwritten(stream, segments, run.sample, t, t + frames);
-    if (phase == Phase::stage && !staged) continue;
-    if (phase == Phase::write && staged) {
+    if (pass == Pass::stage && !staged) continue;
+    if (pass == Pass::in_place && staged) {
       copy(run.out + p, run.scratch + p, next - p);
       continue;
     }
@@ -270,119 +289,6 @@ SYNCDPO_FN void replace_range(const Stream& stream, const Segments& segments, co
       copy(to + p, donor_run(stream, run, piece.donor, piece.shift) + p, next - p);
     else
       blend_frame(stream, segments, run, t, p, next, to);
-  }
-}
-
-// ---- Tiles: the body of the CUDA kernel -------------------------------------------------------
-
-constexpr int kChunksPerThread = 8;
-constexpr uint32_t kAllDone = (1u << kChunksPerThread) - 1;
-
-// At most a chunk, element by element: seams, tails, and layouts without longer runs.
-struct CopyElements {
-  int64_t size;
-  template <class T>
-  static SYNCDPO_FN void each(char* to, const char* from, int64_t bytes) {
-    for (int64_t p = 0; p < bytes; p += sizeof(T)) write<T>(to + p, read<T>(from + p));
-  }
-  SYNCDPO_FN void operator()(char* to, const char* from, int64_t bytes) const {
-    if (size == 1)
-      each<uint8_t>(to, from, bytes);
-    else if (size == 2)
-      each<uint16_t>(to, from, bytes);
-    else
-      each<uint32_t>(to, from, bytes);
-  }
-};
-
-// Where a chunk begins within its run; before 0 where the run begins within the chunk.
-SYNCDPO_FN int64_t chunk_begin(const Run& run, int64_t chunk) {
-  return chunk * 16 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(run.out) & 15);
-}
-
-// Loads this thread's whole chunks from `first` to `last`, `shift` bytes on, and returns their set.
-template <int threads, bool aligned>
-SYNCDPO_FN uint32_t load_chunks(const Stream& stream, const Run& run, const char* from,
-                                int64_t moved, int64_t first, int64_t last, Chunk* value) {
-  uint32_t loaded = 0;
-  SYNCDPO_UNROLL
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t chunk = first + i * threads, begin = chunk_begin(run, chunk);
-    bool whole = chunk <= last && begin >= 0 && begin + 16 <= stream.run;
-    if (!aligned) {  // the two chunks that the source lies in must be part of the donor's run
-      const int64_t low = begin + moved - 15, high = begin + moved + 31;
-      whole = whole && low >= 0 && high <= stream.run;
-    }
-    if (!whole) continue;
-    value[i] = aligned ? read<Chunk>(from + begin) : read_chunk(from + begin);
-    loaded |= 1u << i;
-  }
-  return loaded;
-}
-
-// A tile within one piece of one run, the common case: 16 bytes at a time. Returns the set of this
-// thread's chunks that are done; left are those that a run begins or ends in, and those whose
-// source has no room around it for aligned reads.
-template <int threads>
-SYNCDPO_FN uint32_t copy_tile(const Stream& stream, const Run& run, const Piece& piece,
-                              int64_t first, int64_t last, int thread) {
-  const char* from = donor_run(stream, run, piece.donor, piece.shift);
-  const int64_t moved = stream.time_dim < 0 ? piece.shift * stream.in_frame : 0;
-  const bool aligned =
-      ((reinterpret_cast<uintptr_t>(from) ^ reinterpret_cast<uintptr_t>(run.out)) & 15) == 0;
-  first += thread;
-  Chunk value[kChunksPerThread];
-  const uint32_t done =
-      aligned ? load_chunks<threads, true>(stream, run, from, moved, first, last, value)
-              : load_chunks<threads, false>(stream, run, from, moved, first, last, value);
-  SYNCDPO_UNROLL
-  for (int i = 0; i < kChunksPerThread; ++i)
-    if (done >> i & 1) write<Chunk>(run.out + chunk_begin(run, first + i * threads), value[i]);
-  return done;
-}
-
-// As above where the tile from chunk `first` to `last` allows it; else none of it is done.
-template <int threads>
-SYNCDPO_FN uint32_t try_copy_tile(const Stream& stream, const Segments& segments, int64_t first,
-                                  int64_t last, int thread, Phase phase) {
-  const int64_t index = first / stream.chunks_per_run;
-  if (last / stream.chunks_per_run != index) return 0;
-  const Run run = find_run(stream, index);
-  const int64_t origin = index * stream.chunks_per_run;
-  const int64_t begin = larger<int64_t>(chunk_begin(run, first - origin), 0);
-  const int64_t end = smaller<int64_t>(chunk_begin(run, last - origin + 1), stream.run);
-  if (begin >= end) return 0;
-  const int64_t row = begin / stream.frame;
-  const int64_t t = stream.time_dim < 0 ? row % stream.frames : run.t;
-  const int64_t until = t + (end - 1) / stream.frame - row + 1;
-  const Piece piece = find_piece(stream, segments, run.sample, t);
-  if (piece.kind == Kind::blend || until > piece.until) return 0;
-  if (stream.in_place) {
-    if (piece.kind == Kind::keep) return kAllDone;
-    if (reads_overwritten(stream, segments, run.sample, t, until)) return 0;
-    if (phase == Phase::stage) return kAllDone;
-  }
-  return copy_tile<threads>(stream, run, piece, first - origin, last - origin, thread);
-}
-
-// What one of a tile's threads does: its chunks are `threads` apart.
-template <int threads>
-SYNCDPO_FN void replace_tile(const Stream& stream, const Segments& segments, int64_t tile,
-                             int thread, Phase phase) {
-  const int64_t total = stream.samples * stream.runs_per_sample * stream.chunks_per_run;
-  const int64_t first = tile * threads * kChunksPerThread;
-  const int64_t last = smaller(first + threads * kChunksPerThread, total) - 1;
-  const uint32_t done = try_copy_tile<threads>(stream, segments, first, last, thread, phase);
-  if (done == kAllDone) return;
-  const CopyElements copy{item_size(stream.dtype)};
-  SYNCDPO_ROLLED
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t chunk = first + thread + i * threads;
-    if (done >> i & 1 || chunk > last) continue;
-    const Run run = find_run(stream, chunk / stream.chunks_per_run);
-    const int64_t begin = chunk_begin(run, chunk % stream.chunks_per_run);
-    replace_range(stream, segments, run, larger<int64_t>(begin, 0),
-                  smaller<int64_t>(begin + 16, stream.run), phase, copy);
   }
 }
 
@@ -401,8 +307,7 @@ Stream make_stream(const Tensor& tensor, double crossfade);
 
 void replace_segments_cpu(std::vector<Stream> streams, const Segments& segments, int threads);
 
-// At most two streams, in one launch; two where one of them is replaced in place, since that stages
-// values. Times and donors are checked on the device.
+// At most two streams, in one launch. Times and donors are checked on the device.
 void replace_segments_cuda(const std::vector<Stream>& streams, const Segments& segments, bool clip,
                            int device, uintptr_t cuda_stream);
 

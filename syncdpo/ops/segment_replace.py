@@ -344,8 +344,9 @@ def replace_segments(
         crossfade: seconds, at both seams of each segment.
         clip: cut segments that reach past the end of the clip or of the donor's.
         out: (video, audio) to write to: tensors of the streams' shapes and dtypes. The very streams
-            replace in place and touch the replaced stretches only. On CUDA that sets aside, but
-            mostly leaves untouched, memory of the streams' size.
+            replace in place and touch the replaced stretches only. On CUDA that too is one launch,
+            a cooperative one, and sets aside memory of the streams' size, which is used only where
+            a donor is itself overwritten.
         impl: "kernel" (C++ on CPU, CUDA C++ on CUDA), "reference", or "auto", the kernel.
 
     Returns:

@@ -1,5 +1,5 @@
 // Runs cases of segment replacement on the host, by the CPU kernel and by the body of the CUDA
-// kernel, so that sanitizers see both. tests/test_segment_replace.py writes the cases, builds this
+// kernel, so that sanitizers see both. tests/test_segment_replace_kernels.py writes the cases, builds this
 // with csrc/segment_replace.cpp, and compares what comes back with the reference.
 //
 //   segment_replace_host CASES RESULTS
@@ -10,14 +10,15 @@
 #include <numeric>
 #include <random>
 
-#include "segment_replace.h"
+#include "segment_replace_tiles.h"
 
 namespace {
 
-using syncdpo::Phase;
+using syncdpo::Pass;
 using Bytes = std::vector<char>;
 
 constexpr int kThreads = 8;  // few, so that small cases have tiles of every kind
+constexpr int64_t kResident = 3;
 constexpr int kWorkers = 2;
 constexpr char kUnwritten = 0x55;
 
@@ -35,16 +36,27 @@ std::vector<T> get(std::istream& file, int64_t count) {
   return values;
 }
 
-// Every thread of every tile, in an order of its own: no result may depend on it.
-void run_tiles(const syncdpo::Stream& stream, const syncdpo::Segments& segments, Phase phase) {
-  const int64_t per_tile = kThreads * syncdpo::kChunksPerThread;
-  const int64_t chunks = stream.samples * stream.runs_per_sample * stream.chunks_per_run;
-  std::vector<int64_t> threads((chunks + per_tile - 1) / per_tile * kThreads);
+// Every thread of every block, in an order of its own: no result may depend on it.
+void run_pass(const syncdpo::Launch& launch, int64_t blocks, Pass pass) {
+  std::vector<int64_t> threads(blocks * kThreads);
   std::iota(threads.begin(), threads.end(), 0);
-  std::shuffle(threads.begin(), threads.end(), std::mt19937(static_cast<unsigned>(chunks)));
+  std::shuffle(threads.begin(), threads.end(), std::mt19937(static_cast<unsigned>(blocks)));
   for (const int64_t i : threads)
-    syncdpo::replace_tile<kThreads>(stream, segments, i / kThreads,
-                                    static_cast<int>(i % kThreads), phase);
+    syncdpo::replace_tiles<kThreads>(launch, i / kThreads, blocks, static_cast<int>(i % kThreads),
+                                     pass);
+}
+
+// As the kernel does where a stream is replaced in place: a few blocks, which wait if they must.
+void launch_blocks(const std::vector<syncdpo::Stream>& streams,
+                   const syncdpo::Segments& segments) {
+  const syncdpo::Launch launch = syncdpo::make_launch<kThreads>(streams, segments);
+  const int64_t blocks = std::min(launch.tiles[0] + launch.tiles[1], kResident);
+  bool staged = false;
+  for (const syncdpo::Stream& stream : streams)
+    for (int thread = 0; thread < kThreads; ++thread)
+      staged |= syncdpo::needs_staging(stream, segments, thread, kThreads);
+  if (staged) run_pass(launch, blocks, Pass::stage);
+  run_pass(launch, blocks, Pass::in_place);
 }
 
 struct Case {
@@ -67,23 +79,32 @@ struct Case {
     out = Bytes(out_bytes, kUnwritten);
   }
 
-  Bytes run(const syncdpo::Segments& segments, double crossfade, bool in_place, bool tiles) const {
-    Bytes from = in, to = out;
+  syncdpo::Stream stream(Bytes& from, Bytes& to, double crossfade) const {
     syncdpo::Tensor here = tensor;
+    const bool in_place = &from == &to;
     here.in = reinterpret_cast<uintptr_t>(from.data() + in_offset);
     here.out = in_place ? here.in : reinterpret_cast<uintptr_t>(to.data() + out_offset);
     if (in_place) here.out_stride = here.in_stride;
-    syncdpo::Stream stream = syncdpo::make_stream(here, crossfade);
-    if (!tiles) {
-      syncdpo::replace_segments_cpu({stream}, segments, kWorkers);
-    } else {
-      const int64_t bytes = stream.samples * stream.runs_per_sample * stream.run;
-      const std::unique_ptr<char[]> scratch(new char[bytes]);
-      stream.scratch = scratch.get();
-      if (in_place) run_tiles(stream, segments, Phase::stage);
-      run_tiles(stream, segments, Phase::write);
-    }
-    return in_place ? from : to;
+    return syncdpo::make_stream(here, crossfade);
+  }
+
+  // Out of place and in place, by the CPU kernel.
+  std::vector<Bytes> on_cpu(const syncdpo::Segments& segments, double crossfade) const {
+    Bytes from = in, to = out;
+    syncdpo::replace_segments_cpu({stream(from, to, crossfade)}, segments, kWorkers);
+    syncdpo::replace_segments_cpu({stream(from, from, crossfade)}, segments, kWorkers);
+    return {to, from};
+  }
+
+  // The same in one launch of the CUDA kernel's body.
+  std::vector<Bytes> by_blocks(const syncdpo::Segments& segments, double crossfade) const {
+    Bytes from = in, to = out, place = in;
+    syncdpo::Stream staged = stream(place, place, crossfade);
+    const int64_t bytes = staged.samples * staged.runs_per_sample * staged.run;
+    const std::unique_ptr<char[]> scratch(new char[bytes]);
+    staged.scratch = scratch.get();
+    launch_blocks({stream(from, to, crossfade), staged}, segments);
+    return {to, place};
   }
 };
 
@@ -103,11 +124,10 @@ int main(int, char** argv) {
     const syncdpo::Segments segments{start.data(), length.data(), donor.data(),
                                      donor_start.data(), rows, is_double};
     const Case stream(cases);
-    for (const bool in_place : {false, true})
-      for (const bool tiles : {false, true}) {
-        const Bytes result = stream.run(segments, crossfade, in_place, tiles);
+    for (const auto& results_of : {stream.on_cpu(segments, crossfade),
+                                   stream.by_blocks(segments, crossfade)})
+      for (const Bytes& result : results_of)
         results.write(result.data(), static_cast<std::streamsize>(result.size()));
-      }
   }
   return 0;
 }

@@ -16,7 +16,8 @@ from syncdpo.data.clips import Clip, write_clip
 from syncdpo.data.latents import LatentDataset, prepare
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import load_model
-from syncdpo.models.ltx2 import LTX2, draw_sigma, log_mel
+from syncdpo.models.ltx2 import LTX2, log_mel
+from syncdpo.models.noise_levels import draw_sigma
 
 SIZE = {"frames": 17, "height": 64, "width": 96}
 CONFIGS = Path(__file__).parents[1] / "configs"

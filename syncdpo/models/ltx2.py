@@ -20,15 +20,13 @@ from torchaudio.transforms import MelSpectrogram
 
 from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models.ltx2_parts import NEEDED, Parts
+from syncdpo.models.noise_levels import draw_sigma
 from syncdpo.models.weights import load_weights, save_weights
 from syncdpo.timeline import Timeline
 
 ENCODERS = ("vae", "audio_vae", "text_encoder", "connectors")  # what a cache depends on
 MEL_WINDOW = 1024  # samples of one Fourier transform at the audio VAE's sample rate
 LOWEST_MEL = 1e-5
-LOWEST_SIGMA = 1e-3
-UNIFORM_SHARE = 0.1
-PERCENTILES = (-2.5758, 3.0902)  # of the normal distribution: 0.5 % and 99.9 %
 
 
 class LTX2:
@@ -321,17 +319,3 @@ def log_mel(audio: Tensor, config) -> Tensor:
         mel_scale="slaney",
     )(audio.float())
     return mel.clamp(min=LOWEST_MEL).log().mT
-
-
-def draw_sigma(batch: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels [B] in [0.001, 1], float32: how LTX-2's own trainer draws them.
-
-    σ = sigmoid(N(0,1) + shift), stretched so that its 0.5 and 99.9 percentiles come to 0 and 1;
-    one in ten is uniform, so that no level is forgotten where `shift` is large.
-    """
-    low, high = torch.sigmoid(shift + torch.tensor(PERCENTILES))
-    sigma = torch.sigmoid(torch.randn(batch, generator=generator) + shift)
-    sigma = (sigma - low) / (high - low)
-    sigma = torch.where(sigma < LOWEST_SIGMA, 2 * LOWEST_SIGMA - sigma, sigma).clamp(max=1)
-    uniform = LOWEST_SIGMA + (1 - LOWEST_SIGMA) * torch.rand(batch, generator=generator)
-    return torch.where(torch.rand(batch, generator=generator) < UNIFORM_SHARE, uniform, sigma)

@@ -16,6 +16,7 @@ from torch import Tensor
 from syncdpo import ops
 from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models import codec
+from syncdpo.models.noise_levels import draw_sigma
 from syncdpo.models.weights import load_weights, save_weights
 from syncdpo.timeline import Timeline
 
@@ -23,6 +24,7 @@ SECONDS = 2.0
 VIDEO_FRAMES = round(SECONDS * codec.FPS) // codec.PICTURES
 AUDIO_FRAMES = round(SECONDS * codec.AUDIO_RATE)
 CAPTION_CHANNELS = 8
+SHIFT = 1.0  # of the noise levels; LTX-2's own is 0.95 at least
 SAMPLING_STEPS, SAMPLED_TOGETHER = 20, 32
 BASE = Path(__file__).with_name("tiny_base.safetensors")
 
@@ -90,11 +92,11 @@ class Tiny:
         }
 
     def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """σ = sigmoid(N(0,1)), one for both streams of a clip or one for each."""
-        first = torch.sigmoid(torch.randn(batch, generator=generator))
+        """As LTX-2 draws it, one for both streams of a clip or one for each."""
+        first = draw_sigma(batch, SHIFT, generator)
         if self.sigma == "shared":
             return first, first
-        return first, torch.sigmoid(torch.randn(batch, generator=generator))
+        return first, draw_sigma(batch, SHIFT, generator)
 
     def velocity(
         self,

@@ -3,91 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from oracles import assert_matches_oracle, dpo_oracle, loss_and_gradient, to_double
 
-from syncdpo.ops import Velocity, dpo_loss, noise, paired_noise
-from syncdpo.testing import LAYOUTS, assert_within_budget, predictions, restride
+from syncdpo.ops import Velocity, dpo_loss
+from syncdpo.testing import predictions
 
 SHAPES = ((4, 3, 5), (4, 7))
-
-# ---------------------------------------------------------------- the truth, naively, in float64
-
-
-def oracle_terms(policy, reference, target, beta, mask, normalize, interleaved):
-    """−½·β·Δ and the winner's error of one modality, [B] each."""
-
-    def error(prediction):
-        squares = (prediction - target).square()
-        weight = torch.ones_like(squares) if mask is None else mask.double().expand_as(squares)
-        rows = len(squares)
-        total, count = (x.reshape(rows, -1).sum(1) for x in (squares * weight, weight))
-        return torch.where(count > 0, total / count.clamp_min(1e-300), 0.0), count
-
-    def halves(x):
-        return (x[0::2], x[1::2]) if interleaved else x.chunk(2)
-
-    (own, count), (other, _) = error(policy), error(reference)
-    (own_win, own_lose), (other_win, other_lose) = halves(own), halves(other)
-    gap = (own_win - own_lose) - (other_win - other_lose)
-    if normalize:
-        gap = gap / ((other_win + other_lose) / 2)
-    present = (torch.stack(halves(count)) > 0).all(0)
-    return torch.where(present, -0.5 * beta * gap, 0.0), own_win, present
-
-
-def oracle(policy, reference, target, *, beta, mask=None, pair_weight=None, objective="sigmoid",
-           logistic="joint", normalize=None, sft_weight=0.0, label_smoothing=0.0, layout="halves",
-           reduction="mean"):  # fmt: skip
-    beta = beta if isinstance(beta, (list, tuple)) else [beta]
-    mask = mask if mask is not None else [None] * len(policy)
-    columns = zip(policy, reference, target, beta, mask, strict=True)
-    terms = [oracle_terms(*c, normalize is not None, layout == "interleaved") for c in columns]
-    margin, winner, present = (torch.stack(x) for x in zip(*terms, strict=True))
-    if logistic == "joint":
-        margin, present = margin.sum(0, keepdim=True), present.any(0, keepdim=True)
-    if objective == "sigmoid":
-        value = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(
-            -margin
-        )
-    else:
-        value = F.relu(1 - margin) if objective == "hinge" else (margin - 0.5) ** 2
-    weight = 1.0 if pair_weight is None else pair_weight.double()
-    loss = (present * weight * value).sum(0) + sft_weight * winner.sum(0)
-    return loss if reduction == "none" else loss.mean()
-
-
-def double(tensors, grad=False):
-    return [t.detach().double().requires_grad_(grad) for t in tensors]
-
-
-def loss_and_gradient(function, policy, *args, **options):
-    policy = [p.detach().requires_grad_() for p in policy]
-    loss = function(policy, *args, **options)
-    weights = torch.linspace(1.0, 2.0, loss.numel(), device=loss.device).view_as(loss)
-    (loss * weights.to(loss.dtype)).sum().backward()
-    return loss.detach(), [p.grad for p in policy]
-
-
-def assert_matches_oracle(impl, policy, reference, target, **options):
-    """Loss to 1e-6 (and what a rounding of e(p) − e(r) weighs in the margin), gradient to 1e-5."""
-    loss, grads = loss_and_gradient(dpo_loss, policy, reference, target, impl=impl, **options)
-    exact, exact_grads = loss_and_gradient(
-        oracle, double(policy), double(reference), double(target), **options
-    )
-    eps = torch.finfo(torch.float32).eps
-    beta = options["beta"] if isinstance(options["beta"], (list, tuple)) else [options["beta"]]
-    rounding = 0.0
-    for b, p, r, y in zip(beta, policy, reference, target, strict=True):
-        p, r, y = p.double(), r.double(), y.double()
-        gain = ((p - r) * (p + r - 2 * y)).reshape(len(p), -1).mean(1)
-        rounding += b * eps * gain.abs().max().item()
-    assert ((loss - exact).abs() <= 1e-6 * exact.abs() + rounding).all(), (loss, exact)
-    for p, grad, exact_grad in zip(policy, grads, exact_grads, strict=True):
-        assert grad.dtype == p.dtype
-        budget = exact_grad + 1e-5 * exact_grad.abs().max()
-        assert_within_budget(grad, exact_grad, baseline=budget)
-
 
 # ---------------------------------------------------------------- every option against the truth
 
@@ -127,7 +48,7 @@ def test_every_option_matches_the_oracle(impl, device, option, dtype):
 def test_keeps_its_digits_where_policy_and_reference_agree(impl, device, gap, beta):
     inputs = predictions((6, 16, 32), gap=gap, device=device)
     loss, _ = loss_and_gradient(dpo_loss, *inputs, beta=beta, impl=impl)
-    exact, _ = loss_and_gradient(oracle, *map(double, inputs), beta=beta)
+    exact, _ = loss_and_gradient(dpo_oracle, *map(to_double, inputs), beta=beta)
     assert abs(loss - exact) <= 1e-6 * exact
 
 
@@ -136,33 +57,6 @@ def test_a_policy_that_equals_its_reference_gives_log_two(impl, device):
     loss, (grad,) = loss_and_gradient(dpo_loss, policy, policy, target, beta=3000.0, impl=impl)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-7)
     assert grad.abs().max() > 0
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    pairs=st.integers(1, 3),
-    shapes=st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=3),
-    strides=st.lists(st.sampled_from(LAYOUTS), min_size=9, max_size=9),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    options=st.fixed_dictionaries(
-        {
-            "layout": st.sampled_from(["halves", "interleaved"]),
-            "logistic": st.sampled_from(["joint", "separate"]),
-            "normalize": st.sampled_from([None, "reference"]),
-            "reduction": st.sampled_from(["mean", "none"]),
-            "sft_weight": st.sampled_from([0.0, 0.3]),
-            "label_smoothing": st.sampled_from([0.0, 0.1]),
-        }
-    ),
-)
-def test_any_shape_and_stride(impl, device, pairs, shapes, strides, dtype, options):
-    shapes = [(2 * pairs, *shape) for shape in shapes]
-    inputs = predictions(*shapes, dtype=dtype, device=device)
-    layouts = iter(strides)
-    inputs = [[restride(x, next(layouts)) for x in tensors] for tensors in inputs]
-    # An error of a single element may be near 0; dividing by it makes any margin.
-    options["normalize"] = options["normalize"] if math.prod(shapes[0][1:]) > 8 else None
-    assert_matches_oracle(impl, *inputs, beta=[1.0] * len(shapes), **options)
 
 
 def test_many_chunks_and_mixed_dtypes(impl, device):
@@ -175,7 +69,7 @@ def test_many_chunks_and_mixed_dtypes(impl, device):
 
 def test_gradcheck():
     inputs = predictions(*SHAPES)
-    policy, reference, target = (double(tensors) for tensors in inputs)
+    policy, reference, target = (to_double(tensors) for tensors in inputs)
     for p in policy:
         p.requires_grad_()
     for options in OPTIONS.values():
@@ -272,55 +166,17 @@ def test_precomputed_reference_errors(impl, device, normalize):
     policy, reference, target = predictions(*SHAPES, device=device)
     errors = [(r - y).square().flatten(1).mean(1) for r, y in zip(reference, target, strict=True)]
     options = {"beta": [1.0, 2.0], "normalize": normalize, "sft_weight": 0.2}
-    expected = loss_and_gradient(oracle, *map(double, (policy, reference, target)), **options)
+    expected = loss_and_gradient(
+        dpo_oracle, *map(to_double, (policy, reference, target)), **options
+    )
     both = {"reference_error": torch.stack(errors), "impl": impl}
     loss, grads = loss_and_gradient(dpo_loss, policy, None, target, **both, **options)
     torch.testing.assert_close(loss.double(), expected[0], rtol=2e-6, atol=0)
     for grad, exact in zip(grads, expected[1], strict=True):
         torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
     one = dpo_loss(policy[0], None, target[0], beta=1.0, reference_error=errors[0], impl=impl)
-    exact = oracle(*(double(x[:1]) for x in (policy, reference, target)), beta=1.0)
+    exact = dpo_oracle(*(to_double(x[:1]) for x in (policy, reference, target)), beta=1.0)
     torch.testing.assert_close(one.double(), exact, rtol=2e-6, atol=0)
-
-
-# ---------------------------------------------------------------- rebuilt targets
-
-
-@pytest.mark.parametrize("layout", ["halves", "interleaved"])
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("strides", LAYOUTS)
-def test_rebuilt_targets_equal_materialised_ones(impl, device, layout, sign, shared, strides):
-    policy, reference, target = predictions(*SHAPES, device=device)
-    seed = torch.tensor([-3, 2**40 + 1], device=device)
-    clean = torch.randn(2 if shared else 4, 3, 5, device=device)
-
-    def pairs(x):
-        return x.repeat_interleave(2, 0) if layout == "interleaved" else torch.cat([x, x])
-
-    e = noise((2, 3, 5), seed, stream=7, impl=impl)
-    target[0] = sign * (pairs(e) - (pairs(clean) if shared else clean))
-    rebuilt = [Velocity(restride(clean, strides), seed, stream=7, sign=sign), target[1]]
-    options = {"beta": [1.0, 2.0], "layout": layout, "sft_weight": 0.3, "impl": impl}
-    expected = loss_and_gradient(dpo_loss, policy, reference, target, **options)
-    actual = loss_and_gradient(dpo_loss, policy, reference, rebuilt, **options)
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=0)
-    for a, b in zip(actual[1], expected[1], strict=True):
-        assert ((a - b).abs() <= 1e-5 * b.abs().max()).all()
-
-
-def test_velocity_undoes_paired_noise(impl, device):
-    """x_t − σ·v is the clean sample: the loss of that perfect velocity is only rounding."""
-    seed = torch.tensor([1, 2], device=device)
-    win, lose = torch.randn(2, 2, 33, device=device)
-    sigma = torch.tensor([0.25, 0.75], device=device)
-    noisy = paired_noise(win, lose, sigma, seed, stream=1, impl=impl)
-    clean = torch.cat([win, lose])
-    velocity = (noisy - clean) / sigma.repeat(2)[:, None]
-    _, stats = dpo_loss(velocity, clean, Velocity(clean, seed, stream=1), beta=1.0,
-                        return_stats=True, impl=impl)  # fmt: skip
-    assert stats.policy_win.max() < 1e-11
-    assert stats.policy_lose.max() < 1e-11
 
 
 # ---------------------------------------------------------------- statistics, masks, infinities

@@ -12,6 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("[a-z]*.py"))
+ROOMS = [*KERNELS, "velocity", "properties"]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
@@ -19,13 +20,13 @@ KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("[a-z]*.py"))
     version("triton").startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="with this numpy, Triton 3.6 interprets no loop whose bound a kernel computes",
 )
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_in_the_interpreter(kernel):
+@pytest.mark.parametrize("room", ROOMS)
+def test_kernels_in_the_interpreter(room):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
     options = ["-q", "-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, HERE / f"test_{kernel}.py"],
+        [sys.executable, "-m", "pytest", *options, HERE / f"test_{room}.py"],
         env=environment,
         capture_output=True,
         text=True,

@@ -111,7 +111,6 @@ def test_loss(measure, inputs, way):
         torch.testing.assert_close(grad, expected, rtol=2**-7, atol=2**-8 * scale)
     bytes_of_one = sum(p.numel() * p.element_size() for p in inputs[0])
     # Forward reads three tensors; backward reads two and writes one.
-    torch._dynamo.reset()
     measure(lambda: run(*inputs), 6 * bytes_of_one, compiled=way == "compile")
 
 
@@ -126,5 +125,4 @@ def test_clean(measure, inputs, way):
     assert all(x.shape == p.shape for x, p in zip(noisy, inputs[0], strict=True))
     bytes_of_one = sum(p.numel() * p.element_size() for p in inputs[0])
     # Noising reads clean and writes x_t; then as above, with clean in the place of the target.
-    torch._dynamo.reset()
     measure(lambda: run(*inputs), 8 * bytes_of_one, compiled=way == "compile")

@@ -1,15 +1,20 @@
-"""replace_segments against the slicing that people write, torch.compile and a plain copy.
+"""replace_segments against the slicing that people write, torch.compile and plain copies.
 
     pytest benchmarks/bench_segment_replace.py
 
 Two cases: raw clips (121 frames of 512 × 768 uint8, 48 kHz stereo) and LTX-2 latents. A quarter of
-each clip is replaced. Every method is checked before it is timed. GB/s counts the bytes that must
-move: each byte once in and once out, in place the replaced quarter only; `of copy` is the share of
-the speed at which `copy_` moves the same tensors.
+each clip is replaced. Every method is checked before it is timed. `GB/s` counts the bytes that must
+move: each byte once in and once out, in place the replaced quarter only. `times as quick as` holds
+the median over rounds in which the two ran one after the other, so that other work on the machine
+falls on both: "copy" is `copy_` of the same tensors, "memcpy" the C library's on as many threads,
+"kernel" this op out of place. On a CPU all use two threads.
 """
 
+import ctypes
+import itertools
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,9 +22,15 @@ import torch
 from syncdpo.ops import Segments, replace_segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = 9
+THREADS = 2
+ROUNDS = 15
 SECONDS = 5.0
 SHARE = 0.25
+METHODS = ["copy", "kernel", "in-place", "crossfade", "slicing", "compiled", "reference"]
+PLAIN = ["copy", "kernel"]
+if DEVICE == "cpu":
+    METHODS.insert(0, "memcpy")
+    PLAIN.insert(0, "memcpy")
 
 
 def raw_clips(batch: int):
@@ -40,7 +51,7 @@ def latents(batch: int):
     return video, audio, {"video_rate": 3.0, "audio_rate": 25.0}
 
 
-CASES = {"raw": (raw_clips, 16 if DEVICE == "cuda" else 2), "latents": (latents, 8)}
+CASES = {"raw": (raw_clips, 16 if DEVICE == "cuda" else 1), "latents": (latents, 8)}
 
 
 def segments_of(batch: int) -> Segments:
@@ -71,6 +82,17 @@ def by_slicing(video, audio, rows, options):
     return tuple(results)
 
 
+def memcpy(new, old):
+    """The C library's, each tensor in as many parts as there are threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for y, x in zip(new, old, strict=True):
+            cuts = [x.nbytes * part // THREADS for part in range(THREADS + 1)]
+            addresses = [(y.data_ptr() + c, x.data_ptr() + c) for c in cuts[:-1]]
+            sizes = [after - before for before, after in itertools.pairwise(cuts)]
+            pool.map(ctypes.memmove, *zip(*addresses, strict=True), sizes)
+    return new
+
+
 def methods(video, audio, options):
     segments = segments_of(len(video))
     rows = list(zip(*(value.tolist() for value in segments), strict=True))
@@ -82,6 +104,7 @@ def methods(video, audio, options):
         return tuple(y.copy_(x) for y, x in zip(new, (video, audio), strict=True))
 
     return {
+        "memcpy": lambda: memcpy(new, (video, audio)),
         "copy": copy,
         "kernel": lambda: replace_segments(video, audio, segments, out=new, **options),
         "in-place": lambda: replace_segments(*place, segments, out=place, **options),
@@ -99,44 +122,64 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def median_seconds(function) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        finish()
-        begin = time.perf_counter()
+def seconds(function) -> float:
+    finish()
+    begin = time.perf_counter()
+    function()
+    finish()
+    return time.perf_counter() - begin
+
+
+def launch_microseconds(function, calls: int = 100) -> float:
+    """What a call costs the CPU, while the GPU is busy with the calls before."""
+    finish()
+    begin = time.perf_counter()
+    for _ in range(calls):
         function()
-        finish()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    return (time.perf_counter() - begin) / calls * 1e6
 
 
-@pytest.mark.parametrize(
-    "method", ["copy", "kernel", "in-place", "crossfade", "slicing", "compiled", "reference"]
-)
+def times_as_quick(function, other) -> float:
+    return statistics.median(seconds(other) / seconds(function) for _ in range(ROUNDS))
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
 def test_replace_segments(benchmark, case, method):
     make, batch = CASES[case]
     video, audio, options = make(batch)
     functions = methods(video, audio, options)
-    expected = functions["reference"]()
-    if method not in ("copy", "crossfade"):
+    if method != "crossfade":
+        plain = method in ("copy", "memcpy")
+        expected = (video, audio) if plain else functions["reference"]()
         assert all(map(torch.equal, functions[method](), expected))
-    del expected
+        del expected
 
     def timed():
         functions[method]()
         finish()
 
-    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=2)
-    stream_bytes = video.nbytes + audio.nbytes
-    moved = 2 * stream_bytes * (SHARE if method == "in-place" else 1)
-    rate = moved / benchmark.stats.stats.median
-    copy_rate = 2 * stream_bytes / median_seconds(functions["copy"])
+    benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
+    share = SHARE if method == "in-place" else 1
+    median = benchmark.stats.stats.median
+    quick = {name: round(times_as_quick(functions[method], functions[name]), 3) for name in PLAIN}
     benchmark.extra_info |= {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "shapes": [list(video.shape), list(audio.shape)],
-        "GB/s": round(rate / 1e9, 2),
-        "of copy": round(rate / copy_rate, 3),
+        "ms": round(median * 1e3, 4),
+        "GB/s": round(2 * (video.nbytes + audio.nbytes) * share / median / 1e9, 2),
+        "of copy": round(quick["copy"] * share, 3),
+        "times as quick as": quick,
     }
+    if DEVICE == "cuda":
+        benchmark.extra_info["launch µs"] = round(launch_microseconds(functions[method]), 2)
     print(f"\n{case} {method}: {benchmark.extra_info}")

@@ -1,10 +1,10 @@
-"""What the benchmarks of the loss and the noise share: time, bytes moved, and a plain copy's speed.
+"""What the benchmarks share: time, bytes moved, and a plain copy's speed.
 
 Figures are of one call: `ms` the median; `GB/s` counts the bytes that must move, each input once
 and each output once, so that all ways are measured by the same stick; `of copy` is its share of
-the speed of `copy_` in the same run; `moved` the bytes that a way does move, as a multiple of those
-that must: counted at the dispatcher for eager code (and for the ops' references, which are what
-runs on a CPU), by Inductor for compiled code.
+the speed of `copy_` in the same run; `moved`, on a CPU, the bytes that a way does move, as a
+multiple of those that must: counted at the dispatcher for eager code (and for the ops' references,
+which are what runs there), by Inductor for compiled code.
 """
 
 import logging
@@ -44,8 +44,15 @@ def _bytes(x: torch.Tensor) -> int:
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
+def _eager_bytes(call) -> int:
+    with CountBytes() as counter:
+        call()
+    return counter.bytes
+
+
 def _inductor_bytes(call) -> int:
     """What Inductor says of a graph that it compiles in this call; it counts when it would log."""
+    torch._dynamo.reset()
     metrics.reset()
     level = inductor_metrics_log.level
     inductor_metrics_log.setLevel(logging.INFO)
@@ -88,15 +95,9 @@ def measure(benchmark, copy_speed):
     """measure(call, must_move, compiled=False): times a call and keeps its figures."""
 
     def run(call, must_move: int, *, compiled: bool = False) -> None:
-        if compiled:
-            moved = _inductor_bytes(call)
-        elif DEVICE == "cpu":
-            with CountBytes() as counter:
-                call()
-            moved = counter.bytes
-        else:
-            moved = 0
-        peak = None
+        moved = peak = None
+        if DEVICE == "cpu":
+            moved = _inductor_bytes(call) if compiled else _eager_bytes(call)
         if DEVICE == "cuda":
             call()
             torch.cuda.synchronize()
@@ -136,6 +137,6 @@ def pytest_terminal_summary(terminalreporter, config):
     width = max(len(row.name) for row in rows)
     terminalreporter.write_line("  ".join([" " * width, *(c.rjust(9) for c in COLUMNS)]))
     for row in rows:
-        figures = ["–" if row.extra_info[c] is None else row.extra_info[c] for c in COLUMNS]
-        cells = [str(figure).rjust(9) for figure in figures]
+        figures = (row.extra_info.get(c) for c in COLUMNS)
+        cells = ["–".rjust(9) if f is None else str(f).rjust(9) for f in figures]
         terminalreporter.write_line("  ".join([row.name.ljust(width), *cells]))

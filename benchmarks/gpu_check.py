@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_check.py [--dry-run] [--skip-sanitizer] [--output FILE]
 
-In turn: the tests of the ops on CUDA (kernels against references, opcheck, torch.compile); each op
-captured in a CUDA graph and replayed; the same bits from run to run and under load; the peak memory
-from clean latents to gradient; compute-sanitizer over one call of each op; the benchmarks. The
-results go to benchmarks/results/<gpu>-<date>.json; the exit code is the number of failed checks.
+In turn: each op captured in a CUDA graph and replayed; the same bits from run to run and beside
+other work; side by side, the tests of the ops on CUDA (kernels against references, opcheck,
+torch.compile, peak memory) and compute-sanitizer over one call of each op; the benchmarks, alone.
+The results go to benchmarks/results/<gpu>-<date>.json, after each check what is known by then; the
+exit code is the number of failed checks.
 
-It needs no network. To install on such a machine: pip install --no-build-isolation --no-deps .
+It needs no network, and of the packages for development pytest and pytest-benchmark. To install on
+such a machine: pip install --no-build-isolation --no-deps .
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,7 +38,12 @@ from syncdpo.testing import predictions
 
 ROOT = Path(__file__).parent.parent
 OPS = ("dpo_loss", "paired_noise", "temporal_warp", "segment_replace")
-TESTS = [ROOT / "tests" / f"test_{op}.py" for op in OPS]
+ROOMS = (*OPS, "dpo_loss_inputs", "segment_replace_kernels", "velocity", "properties")
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
+          "-p", "no:cacheprovider"]  # fmt: skip
+# Seconds after which a command is given up, and all of them together.
+LONGEST = {"tests": 240, "sanitizer": 240, "benchmark": 200}
+END = time.monotonic() + 580
 SHAPES = ((4, 1024, 128), (4, 126, 128))
 
 # ---------------------------------------------------------------- one call of each op
@@ -50,11 +60,17 @@ def calls(device: str) -> dict[str, Callable[[], list[torch.Tensor]]]:
     start, length = torch.tensor([0.1, 0.5], device=device), torch.tensor([0.3, 0.2], device=device)
     donor = torch.arange(2, device=device)
     segments = ops.Segments(start, length, donor, start + 0.4)
+    swapped = ops.Segments(start, start + 0.2, 1 - donor, start * 0.5)
     rate = torch.tensor([0.8, 1.25], device=device)
+    rates = {"video_rate": 24.0, "audio_rate": 8000.0}
 
     def loss():
         value, stats = ops.dpo_loss(policy, reference, target, beta=[9.0, 9.0], return_stats=True)
         return [value.detach(), *stats, *torch.autograd.grad(value, policy)]
+
+    def in_place():
+        both = video.clone(), audio.clone()
+        return list(ops.replace_segments(*both, swapped, crossfade=0.05, out=both, **rates))
 
     return {
         "dpo_loss": loss,
@@ -63,9 +79,8 @@ def calls(device: str) -> dict[str, Callable[[], list[torch.Tensor]]]:
         ),
         "noise": lambda: [ops.noise((2, 5000), seed)],
         "scale": lambda: [ops.scale(video, rate)],
-        "replace_segments": lambda: list(
-            ops.replace_segments(video, audio, segments, video_rate=24.0, audio_rate=8000.0)
-        ),
+        "replace_segments": lambda: list(ops.replace_segments(video, audio, segments, **rates)),
+        "replace_segments in place": in_place,
     }
 
 
@@ -110,80 +125,43 @@ def check_bits(runs: int = 50) -> str:
     return f"{runs} runs alike"
 
 
-def check_memory() -> str:
-    """With Velocity nothing but x_t and the gradient is allocated, to 5 %."""
-    batch, shapes = 4, ((8, 8192, 128), (8, 126, 128))
-    policy, reference, clean = predictions(*shapes, dtype=torch.bfloat16, device="cuda")
-    policy = [p.requires_grad_() for p in policy]
-    seed, sigma = torch.arange(batch, device="cuda"), torch.rand(batch, device="cuda")
-
-    def step():
-        halves = [[x.chunk(2)[half] for x in clean] for half in (0, 1)]
-        noisy = ops.paired_noise(*halves, sigma, seed)
-        target = [ops.Velocity(x, seed, stream) for stream, x in enumerate(clean)]
-        value = ops.dpo_loss(policy, reference, target, beta=[9.0, 9.0])
-        return noisy, torch.autograd.grad(value, policy)
-
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    least = sum(x.numel() * x.element_size() for tensors in results for x in tensors)
-    assert peak <= 1.05 * least, f"peak {peak} bytes, x_t and gradient {least}"
-    return f"peak {peak / least:.3f} of x_t and gradient"
-
-
 def check_tests() -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    return _last_line(_run(command, environment))
+    files = [ROOT / "tests" / f"test_{room}.py" for room in ROOMS]
+    parallel = ["-n", "6"] if find_spec("xdist") else []
+    return _run([*PYTEST, *parallel, *files], LONGEST["tests"]).strip().splitlines()[-1]
 
 
-def check_sanitizer() -> str:
+def check_sanitizer(kind: str) -> str:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return "no compute-sanitizer here"
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for kind in ("memcheck", "racecheck"):
-        command = [
-            tool,
-            "--tool",
-            kind,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            __file__,
-            "--once",
-        ]
-        _run(command, environment)
-    return "memcheck and racecheck found nothing"
+    command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--once"]
+    # Each tensor in an allocation of its own, so that its bounds and its first writes are seen.
+    _run(command, LONGEST["sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return "nothing found"
 
 
-def check_benchmarks(results: dict) -> str:
+def check_benchmark(file: Path, results: dict) -> str:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmarks.json"
-        options = ["-q", "-p", "no:cacheprovider", "-o", "python_files=bench_*.py"]
-        command = [sys.executable, "-m", "pytest", *options, f"--benchmark-json={output}"]
-        text = _run([*command, ROOT / "benchmarks"], dict(os.environ))
-        for row in json.loads(output.read_text())["benchmarks"]:
-            results["benchmarks"][row["name"]] = row["extra_info"]
-    print(text)
-    return f"{len(results['benchmarks'])} rows"
+        print(_run([*PYTEST, f"--benchmark-json={output}", file], LONGEST["benchmark"]))
+        rows = json.loads(output.read_text())["benchmarks"]
+    results["benchmarks"] |= {row["name"]: row["extra_info"] for row in rows}
+    return f"{len(rows)} rows"
 
 
-def _run(command: list, environment: dict) -> str:
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command[0]}: exit {done.returncode}\n{done.stdout[-6000:]}"
+def _run(command: list, seconds: float, **environment: str) -> str:
+    """Output of a command, run where the source tree does not hide the installed package."""
+    known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    seconds = min(seconds, max(END - time.monotonic(), 1))
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command, cwd=folder, env=known | environment, capture_output=True, text=True,
+            timeout=seconds, check=False,
+        )  # fmt: skip
+    text = done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, f"{command[0]}: exit {done.returncode}\n{text}"
     return done.stdout
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
 
 
 # ---------------------------------------------------------------- the command
@@ -193,11 +171,21 @@ def attempt(name: str, check: Callable[[], str], results: dict) -> None:
     start = time.perf_counter()
     try:
         outcome, passed = check(), True
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, subprocess.TimeoutExpired) as error:
         outcome, passed = str(error), False
     seconds = round(time.perf_counter() - start, 1)
     results["checks"][name] = {"passed": passed, "outcome": outcome, "seconds": seconds}
     print(f"{'ok  ' if passed else 'FAIL'} {name} ({seconds} s): {outcome}", flush=True)
+
+
+def checks(sanitizer: bool, results: dict) -> Iterator[dict[str, Callable[[], str]]]:
+    """What is checked, in steps; what shares a step runs side by side."""
+    yield {"CUDA graphs": check_graphs}
+    yield {"the same bits": check_bits}
+    kinds = ("memcheck", "racecheck", "initcheck") if sanitizer else ()
+    yield {"tests": check_tests} | {kind: partial(check_sanitizer, kind) for kind in kinds}
+    for file in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        yield {file.stem: partial(check_benchmark, file, results)}
 
 
 def main() -> int:
@@ -219,18 +207,13 @@ def main() -> int:
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     results = {"gpu": gpu, "date": date, **versions, "checks": {}, "benchmarks": {}}
     print(gpu, versions, flush=True)
-    attempt("CUDA graphs", check_graphs, results)
-    attempt("the same bits", check_bits, results)
-    attempt("peak memory", check_memory, results)
-    attempt("tests", check_tests, results)
-    if not arguments.skip_sanitizer:
-        attempt("compute-sanitizer", check_sanitizer, results)
-    attempt("benchmarks", lambda: check_benchmarks(results), results)
-
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     output = arguments.output or ROOT / "benchmarks" / "results" / f"{name}-{date}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    for step in checks(not arguments.skip_sanitizer, results):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda item: attempt(*item, results), step.items()))
+        output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {output}")
     return sum(not check["passed"] for check in results["checks"].values())
 

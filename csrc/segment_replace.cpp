@@ -15,10 +15,9 @@ struct Axis {
   bool is_time;
 };
 
-// A thread pays off from about here on.
-constexpr int64_t kBytesPerThread = 1 << 20;
-// More parts than threads, so that a thread whose part held nothing to replace takes another.
-constexpr int64_t kPartsPerThread = 8;
+// What a thread takes at a time. It pays for one to be started, and is so little that all end
+// together where only some parts hold anything to replace.
+constexpr int64_t kBytesPerPart = 1 << 20;
 
 template <int64_t size>
 void copy_strided(char* to, const char* from, int64_t count, int64_t to_step, int64_t from_step) {
@@ -68,15 +67,11 @@ void replace_bytes(const Stream& stream, const Segments& segments, int64_t begin
 
 void replace_stream(const Stream& stream, const Segments& segments, int threads, Pass pass) {
   const int64_t total = stream.samples * stream.runs_per_sample * stream.run;
-  const int64_t workers = std::clamp<int64_t>(total / kBytesPerThread, 1, std::max(threads, 1));
-  // Parts are the same in both passes, and end between elements.
-  const int64_t parts =
-      workers == 1 ? 1 : std::min(workers * kPartsPerThread, total / kBytesPerThread);
-  const int64_t part = (total / parts + 63) / 64 * 64;
+  const int64_t workers = std::clamp<int64_t>(total / kBytesPerPart, 1, std::max(threads, 1));
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    for (int64_t begin; (begin = part * next.fetch_add(1)) < total;)
-      replace_bytes(stream, segments, begin, std::min(begin + part, total), pass);
+    for (int64_t begin; (begin = kBytesPerPart * next.fetch_add(1)) < total;)
+      replace_bytes(stream, segments, begin, std::min(begin + kBytesPerPart, total), pass);
   };
   std::vector<std::future<void>> others;
   for (int64_t i = 1; i < workers; ++i) others.push_back(std::async(std::launch::async, work));

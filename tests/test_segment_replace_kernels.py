@@ -303,6 +303,15 @@ def test_captured_in_a_cuda_graph_on_a_stream_of_its_own():
 
 
 @NEEDS_GPU
+def test_samples_swapped_in_place_by_fewer_blocks_than_tiles():
+    x = torch.randint(0, 256, (2, 64, (1 << 20) + 3), dtype=torch.uint8, device="cuda")
+    swapped = x.flip(0)
+    segments = rows([0.0, 0.0], [64.0, 64.0], [1, 0], [0.0, 0.0], device="cuda")
+    replace_one(x, segments, out=(x, None))
+    assert torch.equal(x, swapped)
+
+
+@NEEDS_GPU
 def test_segments_on_the_host_are_checked_there():
     x = torch.zeros(2, 9, device="cuda")
     times = [0.0, 0.0], [1.0, 1.0]

@@ -95,12 +95,15 @@ class Distortion:
     def _warp(self, x: Tensor, timeline: Timeline) -> Tensor:
         frame = torch.arange(timeline.frames, device=x.device, dtype=torch.float32)
         output = timeline.seconds(frame)
-        source = self._inside(output + self._displacement_at(output), timeline.duration)
-        delta = timeline.position(source) - timeline.position(output)
+        delta = timeline.position(self.source(output, timeline)) - timeline.position(output)
         whole = delta.round()
         rounding = timeline.frames * 2.0**-20
         delta = torch.where((delta - whole).abs() <= rounding, whole, delta)
         return resample(x, frame + delta, dim=timeline.dim, frames=timeline.frames)
+
+    def source(self, output: Tensor, timeline: Timeline) -> Tensor:
+        """The times in the clip, [B, T] seconds, that a warp plays at the output times [T]."""
+        return self._inside(output + self._displacement_at(output), timeline.duration)
 
     def _inside(self, source: Tensor, duration: float) -> Tensor:
         """The boundary, in seconds: frames of unequal length would put streams out of step."""

@@ -239,11 +239,16 @@ def evaluate(
     clips: Annotated[Path, typer.Argument(help="Folder of clips with sound.")],
     output: Output = Path("runs/evaluation"),
     av_align: Annotated[bool, typer.Option(help="AV-Align too; needs syncdpo[eval].")] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="module:function, Clip → float: a column of your own. Repeatable."),
+    ] = None,
 ) -> None:
     """Measure how well clips keep time: onset error, F1, AV-Align; writes csv and html."""
-    from syncdpo.evaluation import evaluate_folder
+    from syncdpo.evaluation import evaluate_folder, load_metric
 
-    typer.echo(evaluate_folder(clips, output, with_av_align=av_align))
+    extra = dict(map(load_metric, metric or []))
+    typer.echo(evaluate_folder(clips, output, with_av_align=av_align, extra=extra))
 
 
 @app.command()

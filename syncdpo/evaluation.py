@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import html
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -12,6 +16,8 @@ from tqdm import tqdm
 
 from syncdpo.data.clips import Clip, ClipError, list_clips, read_clip
 from syncdpo.metrics import ClipMetrics, av_align, clip_metrics, summarise
+
+Metric = Callable[[Clip], float | None]
 
 COLUMNS = {
     "clip": "{}",
@@ -34,31 +40,45 @@ th:first-child, td:first-child { text-align: left } tr.overall { font-weight: 60
 </style></head><body><h1>$folder</h1>
 <p>F1 within ITU-R BT.1359's acceptable (sound leads by at most 90 ms, lags by at most 185 ms) and
 undetectable (45, 125 ms) windows; onset error: from each visible event to the nearest sound;
-offset: positive where the sound is late; AV-Align as JavisBench computes it.</p>
+offset: positive where the sound is late; AV-Align as JavisBench computes it.$extra</p>
 <table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table>$skipped</body></html>
 """)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One clip: its name, its events, and its AV-Align score where asked for."""
+    """One clip: its name, its events, and scores by name, None where there is no telling."""
 
     name: str
     metrics: ClipMetrics
-    av_align: float | None
+    scores: dict[str, float | None]
 
     def row(self) -> dict:
-        return {"clip": self.name, "av_align": self.av_align} | summarise([self.metrics])
+        return {"clip": self.name} | self.scores | summarise([self.metrics])
 
 
 def evaluate_folder(
-    folder: Path, output: Path, *, with_av_align: bool = True, progress: bool = True
+    folder: Path,
+    output: Path,
+    *,
+    with_av_align: bool = True,
+    extra: Mapping[str, Metric] | None = None,
+    progress: bool = True,
 ) -> str:
     """Measure every clip of `folder`; write clips.csv and report.html to `output`.
 
+    extra: metrics of your own by the names of their columns, `Clip` → float, None or NaN where a
+        clip has none; the overall figure is the mean of the others.
+
     Returns the overall figures and what was skipped, as text. Raises ValueError where no clip can
-    be read, ImportError where AV-Align lacks librosa or OpenCV.
+    be read or an extra metric has the name of a column, ImportError where AV-Align lacks librosa
+    or OpenCV.
     """
+    extra = dict(extra or {})
+    if taken := extra.keys() & COLUMNS:
+        raise ValueError(f"extra: expected names that are no columns yet, got {', '.join(taken)}")
+    scores = ({"av_align": av_align} if with_av_align else {}) | extra
+    columns = COLUMNS | dict.fromkeys(extra, "{:.4g}")
     done, skipped = [], []
     for path in tqdm(list_clips(folder), "evaluate", unit="clip", disable=not progress):
         try:
@@ -66,48 +86,79 @@ def evaluate_folder(
         except ClipError as error:
             skipped.append(error)
         else:
-            done.append(_evaluated(str(path.relative_to(folder)), clip, with_av_align))
+            done.append(_evaluated(str(path.relative_to(folder)), clip, scores))
     if not done:
         reasons = "".join(f"\n  {error}" for error in skipped)
         raise ValueError(f"clips: none in {folder} can be used{reasons}")
-    rows = [_formatted(_overall(done))] + [_formatted(entry.row()) for entry in done]
+    rows = [_formatted(row, columns) for row in (_overall(done), *(e.row() for e in done))]
     output.mkdir(parents=True, exist_ok=True)
     with (output / "clips.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    (output / "report.html").write_text(_page(folder, rows, skipped))
+    (output / "report.html").write_text(_page(folder, rows, skipped, extra))
     lines = [f"{name:<22} {value}" for name, value in rows[0].items() if name != "clip"]
     if skipped:
         lines += [f"{len(skipped)} skipped:"] + [f"  {error}" for error in skipped]
     return "\n".join([f"{len(done)} clips in {folder}", *lines, f"see {output / 'report.html'}"])
 
 
-def _evaluated(name: str, clip: Clip, with_av_align: bool) -> Evaluated:
-    return Evaluated(name, clip_metrics(clip), av_align(clip) if with_av_align else None)
+def load_metric(name: str) -> tuple[str, Metric]:
+    """A metric by `module:function`, looked for in the working folder too, and its column's name.
+
+    Raises ValueError where there is no such module or function.
+    """
+    module, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        metric = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"metric: expected module:function, got {name!r} ({error})") from error
+    if not callable(metric):
+        raise ValueError(f"metric: expected a function, got {name!r}, which cannot be called")
+    return function, metric
+
+
+def _evaluated(name: str, clip: Clip, scores: Mapping[str, Metric]) -> Evaluated:
+    found = {}
+    for column, metric in scores.items():
+        value = metric(clip)
+        found[column] = None if value is None or math.isnan(value) else float(value)
+    return Evaluated(name, clip_metrics(clip), found)
 
 
 def _overall(done: list[Evaluated]) -> dict:
-    scores = [entry.av_align for entry in done if entry.av_align is not None]
-    mean = sum(scores) / len(scores) if scores else None
-    return {"clip": "all", "av_align": mean} | summarise([entry.metrics for entry in done])
+    means = {}
+    for column in done[0].scores:
+        known = [e.scores[column] for e in done if e.scores[column] is not None]
+        means[column] = sum(known) / len(known) if known else None
+    return {"clip": "all"} | means | summarise([entry.metrics for entry in done])
 
 
-def _formatted(row: dict) -> dict[str, str]:
+def _formatted(row: dict, columns: dict[str, str]) -> dict[str, str]:
+    shown = {name: row.get(name) for name in columns}
     return {
-        name: "" if row[name] is None else form.format(row[name]) for name, form in COLUMNS.items()
+        name: "" if value is None else columns[name].format(value) for name, value in shown.items()
     }
 
 
-def _page(folder: Path, rows: list[dict[str, str]], skipped: list[ClipError]) -> str:
+def _page(
+    folder: Path,
+    rows: list[dict[str, str]],
+    skipped: list[ClipError],
+    extra: Mapping[str, Metric],
+) -> str:
     def line(row: dict[str, str], style: str = "") -> str:
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values())
         return f'<tr class="{style}">{cells}</tr>'
 
     reasons = "".join(f"<li>{html.escape(str(error))}</li>" for error in skipped)
+    titles = [html.escape(name.replace("_", " ")) for name in rows[0]]
     return PAGE.substitute(
         folder=html.escape(str(folder)),
-        header="".join(f"<th>{name.replace('_', ' ')}</th>" for name in COLUMNS),
+        extra=html.escape(f" Given by the user: {', '.join(extra)}." if extra else ""),
+        header="".join(f"<th>{title}</th>" for title in titles),
         rows=line(rows[0], "overall") + "".join(map(line, rows[1:])),
         skipped=f"<h2>Skipped</h2><ul>{reasons}</ul>" if skipped else "",
     )

@@ -24,6 +24,7 @@ SECONDS = 2.0
 VIDEO_FRAMES = round(SECONDS * codec.FPS) // codec.PICTURES
 AUDIO_FRAMES = round(SECONDS * codec.AUDIO_RATE)
 CAPTION_CHANNELS = 8
+ETA = 0.6  # share of the noise's amplitude that each sampling step draws anew
 SHIFT = 1.0  # of the noise levels; LTX-2's own is 0.95 at least
 SAMPLING_STEPS, SAMPLED_TOGETHER = 20, 32
 BASE = Path(__file__).with_name("tiny_base.safetensors")
@@ -124,17 +125,35 @@ class Tiny:
     def sample(
         self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Euler steps over evenly spaced σ from pure noise; clip b is a function of seed[b]."""
-        batch = len(seed)
-        video = ops.noise((batch, VIDEO_FRAMES * codec.VIDEO_TOKENS, codec.VIDEO_CHANNELS), seed)
-        audio = ops.noise((batch, AUDIO_FRAMES, codec.AUDIO_CHANNELS), seed, stream=1)
-        sigmas = torch.linspace(1, 0, steps + 1, device=seed.device)
-        for now, then in pairwise(sigmas):
+        """Evenly spaced σ from pure noise; of the noise that each step predicts, η² is drawn anew:
+
+            x₀ = x − σ·v,   ε̂ = x + (1−σ)·v,   x ← (1−σ′)·x₀ + σ′·(√(1−η²)·ε̂ + η·ε)
+
+        as η does in DDIM (Song et al., arXiv 2010.02502, equation 12). Fresh noise lets the model
+        correct what it has begun wrongly, if it can tell. Clip b is a function of seed[b].
+        """
+        batch, sigmas = len(seed), torch.linspace(1, 0, steps + 1, device=seed.device)
+        shapes = (
+            (batch, VIDEO_FRAMES * codec.VIDEO_TOKENS, codec.VIDEO_CHANNELS),
+            (batch, AUDIO_FRAMES, codec.AUDIO_CHANNELS),
+        )
+
+        def fresh(draw: int) -> list[Tensor]:
+            return [ops.noise(s, seed, stream=2 * draw + m) for m, s in enumerate(shapes)]
+
+        noisy = fresh(0)
+        for step, (now, then) in enumerate(pairwise(sigmas)):
             sigma = now.expand(batch)
-            velocity = self.velocity(transformer, (video, audio), (sigma, sigma), conditions)
-            video = video + (then - now) * velocity[0]
-            audio = audio + (then - now) * velocity[1]
-        return video, audio
+            velocity = self.velocity(transformer, noisy, (sigma, sigma), conditions)
+            noise = [
+                (1 - ETA**2) ** 0.5 * (x + (1 - now) * v) + ETA * e
+                for x, v, e in zip(noisy, velocity, fresh(step + 1), strict=True)
+            ]
+            noisy = [
+                (1 - then) * (x - now * v) + then * e
+                for x, v, e in zip(noisy, velocity, noise, strict=True)
+            ]
+        return tuple(noisy)
 
     def decode(self, video: Tensor, audio: Tensor) -> list[Clip]:
         """Latents [B,96,40] and [B,50,32] to clips of 48 pictures and 32,000 samples."""

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIPS ?=
 
-.PHONY: help install demo tune base test lint bench sass gpu-check clean
+.PHONY: help install demo tune rules base test lint bench sass gpu-check clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: $(READY)  ## Train SFT and SyncDPO, measure, report; CLIPS=folder for your
 
 tune: $(READY)  ## Find each method's learning rate for the demo
 	$(BIN)/syncdpo tune
+
+rules: $(READY)  ## Compare the rules on three seeds: the README's table
+	$(BIN)/syncdpo compare-rules
 
 base: $(READY)  ## Train the embedded default's base anew
 	$(BIN)/python -m syncdpo.base

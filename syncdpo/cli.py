@@ -1,4 +1,4 @@
-"""The command line: syncdpo demo | prepare | train | sample | evaluate | probe | tune | info."""
+"""The command line: `syncdpo --help` lists its commands."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ app = typer.Typer(
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
+Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON; resumed from there.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Trials side by side, one thread each.")]
 Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
 Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
@@ -62,16 +64,36 @@ def demo(
 @app.command()
 def tune(
     output: Output = Path("runs/tune"),
-    result: Annotated[Path, typer.Option(help="Table of all trials, as JSON.")] = Path(
-        "benchmarks/results/learning-rates.json"
-    ),
+    result: Result = Path("benchmarks/results/learning-rates.json"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 200,
+    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 128,
+    jobs: Jobs = 2,
     seed: Seed = 0,
 ) -> None:
     """Find each method's learning rate for the demo, on noise that the demo never measures on."""
-    from syncdpo.demo import DemoConfig, tune_learning_rates
+    from syncdpo.demo import DemoConfig
+    from syncdpo.trials import tune_learning_rates
 
-    tune_learning_rates(DemoConfig(output, steps=steps, seed=seed, purpose="validation"), result)
+    config = DemoConfig(
+        output, steps=steps, samples=samples, seed=seed, purpose="validation", progress=False
+    )
+    tune_learning_rates(config, result, jobs)
+
+
+@app.command()
+def compare_rules(
+    output: Output = Path("runs/rules"),
+    result: Result = Path("benchmarks/results/rules.json"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each trial.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
+    jobs: Jobs = 2,
+) -> None:
+    """What each rule teaches: constant and rising difficulty, matched or not, on three seeds."""
+    from syncdpo.demo import DemoConfig
+    from syncdpo.trials import compare_rules as compare
+
+    config = DemoConfig(output, steps=steps, samples=samples, purpose="validation", progress=False)
+    typer.echo(compare(config, result, jobs))
 
 
 @app.command()

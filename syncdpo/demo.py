@@ -1,7 +1,7 @@
 """The demonstration: clips → latents → SFT and SyncDPO from one base → clips → figures → report.
 
 Everything is measured on mp4 files that samples were written to, by what is seen and heard in them.
-Learning rates come from `tune`, which measures on other noise than `run` does.
+Learning rates come from `syncdpo.trials`, which measure on other noise than `run` does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from syncdpo.data.latents import LatentDataset, prepare
 from syncdpo.data.synthetic import render_folder
 from syncdpo.metrics import ClipMetrics, clip_metrics, summarise
 from syncdpo.models import load_model
-from syncdpo.report import write_report
+from syncdpo.report import LABELS, write_report
 from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 
 TRAINING_CLIPS = 256
-# From trials on validation noise; `make tune` tries `LEARNING_RATES` for each method.
+# Each method's best of `make tune`, which samples from other noise.
 LEARNING_RATE = {"sft": 1e-3, "syncdpo": 1e-3, "sft-equal-time": 1e-3}
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # what `tune` tries
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,14 @@ def run(config: DemoConfig) -> dict:
         if method == "sft-equal-time":
             seconds = {r["method"]: r["seconds"] for r in rows}
             steps = round(config.steps * seconds["syncdpo"] / seconds["sft"])
-        result = train_method(config, method, cache, steps, learning_rate)
+        settings = {"steps": steps, "learning_rate": learning_rate}
+        settings["method"] = "syncdpo" if method == "syncdpo" else "sft"
+        result = train_method(config, method, cache, **settings)
         sampled[method] = sample(config, method)
         logs[method] = read_log(config.output / method)
         rows.append(row(method, sampled[method], result))
-    report = {"rows": rows, "real": real_clips(cache), "settings": settings(config)}
+    rows.sort(key=lambda r: list(LABELS).index(r["method"]))
+    report = {"rows": rows, "real": real_clips(cache), "settings": describe(config)}
     write_atomic(config.output / "report.json", json.dumps(report, indent=2).encode())
     write_report(config.output / "report.html", report, sampled, logs)
     return report
@@ -88,20 +90,16 @@ def prepare_clips(config: DemoConfig) -> Path:
     return cache
 
 
-def train_method(
-    config: DemoConfig, method: str, cache: Path, steps: int, rate: float, name: str | None = None
-) -> dict:
-    """One training from the base, into `output`/`name` (the method's); the result of `train`."""
-    settings = TrainConfig(
+def train_method(config: DemoConfig, name: str, cache: Path, **settings) -> dict:
+    """One training from the base, into `output`/`name`; the result of `train`."""
+    run = TrainConfig(
         data=str(cache),
-        output=str(config.output / (name or method)),
-        method="syncdpo" if method == "syncdpo" else "sft",
-        steps=steps,
-        learning_rate=rate,
+        output=str(config.output / name),
         seed=config.seed,
-        resume=True,  # `make demo` again goes on where it was stopped, and repeats no training
+        resume=True,  # the same command goes on where it was stopped, and repeats no training
+        **settings,
     )
-    return train(settings, progress=config.progress)
+    return train(run, progress=config.progress)
 
 
 def sample(config: DemoConfig, method: str) -> Sampled:
@@ -135,7 +133,7 @@ def real_clips(cache: Path) -> dict:
     return summarise([clip_metrics(clip) for clip in clips])
 
 
-def settings(config: DemoConfig) -> dict:
+def describe(config: DemoConfig) -> dict:
     """What a reader needs to judge the table."""
     return {
         "seed": config.seed,
@@ -145,41 +143,6 @@ def settings(config: DemoConfig) -> dict:
         "learning_rate": LEARNING_RATE,
         "clips": str(config.clips) if config.clips else f"{TRAINING_CLIPS} rendered",
     }
-
-
-def tune_learning_rates(config: DemoConfig, result: Path) -> None:
-    """Try every learning rate for every method, and write what was measured to `result`.
-
-    The best is the one with the smallest onset error among those whose number of sounds per clip
-    stays within 10 % of the real clips'.
-    """
-    cache = prepare_clips(config)
-    real = real_clips(cache)
-    trials = []
-    seconds = {}
-    for method in LEARNING_RATE:
-        for rate in LEARNING_RATES:
-            steps = config.steps
-            if method == "sft-equal-time":
-                steps = round(config.steps * seconds["syncdpo"] / seconds["sft"])
-            name = f"{method}-{rate:g}"
-            outcome = train_method(config, method, cache, steps, rate, name)
-            seconds.setdefault(method, outcome["seconds"])
-            trial = row(method, sample(config, name), outcome) | {"learning_rate": rate}
-            trials.append(trial)
-            print(format_row(trial), flush=True)
-    best = {}
-    for method in LEARNING_RATE:
-        candidates = [t for t in trials if t["method"] == method and keeps_events(t, real)]
-        best[method] = min(candidates, key=lambda t: t["onset_error_ms"])["learning_rate"]
-    content = {"best": best, "real": real, "settings": settings(config), "trials": trials}
-    result.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(result, json.dumps(content, indent=2).encode())
-
-
-def keeps_events(row: dict, real: dict) -> bool:
-    """Nobody keeps time by falling silent: sounds per clip within 10 % of the real clips'."""
-    return abs(row["events_per_clip"] / real["events_per_clip"] - 1) <= 0.1
 
 
 def format_table(report: dict) -> str:

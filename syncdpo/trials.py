@@ -1,0 +1,160 @@
+"""Trials behind the demonstration's settings: learning rates, and what each rule teaches.
+
+Samples start from other noise than the demonstration's, so nothing is chosen on what is reported
+there. Every trial is one process with one thread, `jobs` of them side by side; what was measured is
+kept after each, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from syncdpo.data.files import write_atomic
+from syncdpo.demo import (
+    DemoConfig,
+    format_row,
+    prepare_clips,
+    real_clips,
+    row,
+    sample,
+    train_method,
+)
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+RULES = ("shift", "scale", "warp", "replace", "replace+scale")
+CURRICULA = ("constant", "linear")
+MATCHED = (0.0, 0.5)
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training and its name; `settings` as `TrainConfig` has them."""
+
+    config: DemoConfig
+    cache: Path
+    name: str
+    method: str
+    settings: dict
+
+    def run(self) -> dict:
+        result = train_method(self.config, self.name, self.cache, **self.settings)
+        measured = row(self.method, sample(self.config, self.name), result)
+        return self.settings | measured | {"name": self.name, "seed": self.config.seed}
+
+
+def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
+    """Try every learning rate for every method, SFT also at SyncDPO's time; write all to `result`.
+
+    The best has the smallest onset error among those whose number of sounds per clip stays within
+    10 % of the real clips'.
+    """
+    cache = prepare_clips(config)
+
+    def trials(label: str, method: str, steps: int) -> Iterator[Trial]:
+        for rate in LEARNING_RATES:
+            settings = {"method": method, "steps": steps, "learning_rate": rate}
+            yield Trial(config, cache, f"{label}-{rate:g}", label, settings)
+
+    equal_steps = [*trials("sft", "sft", config.steps), *trials("syncdpo", "syncdpo", config.steps)]
+    rows = run_trials(equal_steps, result, jobs)
+    seconds = {
+        method: statistics.median(r["seconds"] for r in rows if r["method"] == method)
+        for method in ("sft", "syncdpo")
+    }
+    steps = round(config.steps * seconds["syncdpo"] / seconds["sft"])
+    rows += run_trials(trials("sft-equal-time", "sft", steps), result, jobs)
+    real = real_clips(cache)
+    best = {}
+    for method in ("sft", "syncdpo", "sft-equal-time"):
+        kept = [r for r in rows if r["method"] == method and keeps_events(r, real)]
+        best[method] = min(kept, key=lambda r: r["onset_error_ms"])["learning_rate"]
+    write_result(result, {"best": best, "real": real, "trials": rows})
+
+
+def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
+    """Each rule with constant and rising difficulty, matched or not, on `SEEDS` seeds.
+
+    Returns the table, as markdown; all rows go to `result`.
+    """
+    trials = []
+    for seed in range(SEEDS):
+        there = replace(config, output=config.output / f"seed-{seed}", seed=seed)
+        cache = prepare_clips(there)
+        for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
+            settings = {"rules": rule, "curriculum": curriculum, "matched": matched}
+            name = f"{rule}-{curriculum}-{matched:g}"
+            trials.append(Trial(there, cache, name, "syncdpo", settings | {"steps": config.steps}))
+    # One seed of all before the next: a table that was stopped is whole for the seeds it has.
+    return rules_table(run_trials(trials, result, jobs))
+
+
+def run_trials(trials: Iterable[Trial], result: Path, jobs: int) -> list[dict]:
+    """Rows in the trials' order; those that `result` has already are not run again."""
+    trials = list(trials)
+    rows = read_rows(result)
+    missing = [t for t in trials if _key(t) not in rows]
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(
+        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = [pool.submit(trial.run) for trial in missing]
+        for future in tqdm(as_completed(futures), "trials", len(futures), unit="trial"):
+            measured = future.result()
+            rows[measured["seed"], measured["name"]] = measured
+            write_result(result, {"trials": list(rows.values())})
+            tqdm.write(f"{measured['name']:<28}{format_row(measured)}")
+    return [rows[_key(trial)] for trial in trials]
+
+
+def keeps_events(row: dict, real: dict) -> bool:
+    """Nobody keeps time by falling silent: sounds per clip within 10 % of the real clips'."""
+    return abs(row["events_per_clip"] / real["events_per_clip"] - 1) <= 0.1
+
+
+def rules_table(rows: list[dict]) -> str:
+    """Rule × (difficulty, matched): F1 and onset error, mean of the seeds and their range."""
+    columns = list(itertools.product(CURRICULA, MATCHED))
+    titles = [f"{c}, {'matched ' + format(m, 'g') if m else 'not matched'}" for c, m in columns]
+    lines = ["| rule | " + " | ".join(titles) + " |", "|---" * (1 + len(columns)) + "|"]
+    for rule in RULES:
+        cells = [rule]
+        for curriculum, matched in columns:
+            here = {"rules": rule, "curriculum": curriculum, "matched": matched}
+            found = [r for r in rows if here.items() <= r.items()]
+            cells.append(
+                f"{_spread(found, 'f1', '.2f')} · {_spread(found, 'onset_error_ms', '.0f')} ms"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def read_rows(result: Path) -> dict[tuple[int, str], dict]:
+    """Rows of an earlier run of the same command, by seed and name."""
+    if not result.exists():
+        return {}
+    return {(r["seed"], r["name"]): r for r in json.loads(result.read_text())["trials"]}
+
+
+def write_result(result: Path, content: dict) -> None:
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(result, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _key(trial: Trial) -> tuple[int, str]:
+    return trial.config.seed, trial.name
+
+
+def _spread(rows: list[dict], key: str, form: str) -> str:
+    values = [r[key] for r in rows]
+    return f"{statistics.mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_state_dict,
 )
@@ -76,7 +77,7 @@ def load_checkpoint(
         header = json.loads(file.metadata()["syncdpo"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_same_run(header["config"], asdict(config), output)
-    _, fresh = get_state_dict(policy, optimizer, options=TRAINED)
+    groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
     weights = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith("weights/")}
     moments = {}
     for key, tensor in tensors.items():
@@ -88,7 +89,7 @@ def load_checkpoint(
         policy,
         optimizer,
         model_state_dict=weights,
-        optim_state_dict={"state": moments, "param_groups": fresh["param_groups"]},
+        optim_state_dict={"state": moments, "param_groups": groups},
         options=StateDictOptions(full_state_dict=True, strict=False),
     )
     difficulty.load_state_dict(header["difficulty"])

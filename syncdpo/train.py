@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ from syncdpo.data.precomputed import open_latents
 from syncdpo.dice import Dice, Order, Roll
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.negatives import Pairs
+from syncdpo.sharding import keep_precision, place_frozen
 
 PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
 PATIENCE = 10  # steps in a row without a finite gradient before the run stops
@@ -62,28 +64,32 @@ def train(
     TrainingDiverged when no step counts any more; the last good checkpoint is then in place.
     """
     accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
+    keep_precision(accelerator)
     model = model or load_model(config.model, sigma=config.sigma)
     if config.weights:
         model.load_weights(Path(config.weights))
     data = open_latents(config.data, model) if data is None else data
-    policy, reference = policy_and_reference(config, model, accelerator)
+    policy, reference = policy_and_reference(config, model)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad],
         config.learning_rate,
         betas=(0.9, 0.99),
         weight_decay=config.weight_decay,
     )
+    # Modules reach their device here; sharded ones (FSDP2) in pieces, never whole.
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    reference = reference and place_frozen(accelerator, reference)
     difficulty = curriculum(config.curriculum)
     state = load_checkpoint(config, policy, optimizer, difficulty)
     order = Order(config, len(data), accelerator)
     dice = Dice(config, model, difficulty, order, accelerator.device)
-    learner = Learner(config, accelerator, model, policy, reference, progress)
+    writes = accelerator.is_main_process
+    learner = Learner(config, accelerator, model, policy, reference, progress and writes)
+    del reference  # the learner's alone: once its errors are known, it goes
     if config.cache_reference and config.method == "syncdpo":
         learner.cache_reference(data, dice)
     micro_steps = order.micro_steps(state["step"])
     batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
-    writes = accelerator.is_main_process
     log = Log(config, state["step"], writes, progress)
 
     streak, since = 0, time.perf_counter() - state["seconds"]
@@ -130,11 +136,9 @@ def train(
 # --- what is trained ------------------------------------------------------------------------------
 
 
-def policy_and_reference(
-    config: TrainConfig, model: Model, accelerator: Accelerator
-) -> tuple[nn.Module, nn.Module | None]:
+def policy_and_reference(config: TrainConfig, model: Model) -> tuple[nn.Module, nn.Module | None]:
     """The module to train, and a frozen copy where the adapter's absence cannot serve as one."""
-    policy, reference = model.transformer.to(accelerator.device), None
+    policy, reference = model.transformer, None
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if config.lora_rank:
@@ -149,11 +153,11 @@ def policy_and_reference(
                 target_modules=list(model.lora_targets),
             )
         )
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
     elif config.method == "syncdpo":
         reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # AdamW's small steps are lost on bf16 weights
+            parameter.data = parameter.data.float()
     return policy.train(), reference
 
 
@@ -286,17 +290,14 @@ class Learner:
         Noise and distortions are functions of (clip, draw), so these are four numbers per draw.
         """
         config, world = self.config, self.accelerator.num_processes
-        errors = torch.zeros(
-            config.cache_reference, len(data), 2, 2, device=self.accelerator.device
-        )
-        mine = range(self.accelerator.process_index, len(data), world)
+        # As many places for every process, as sharded weights ask for: the last may be no clips.
+        padded, rank = math.ceil(len(data) / world) * world, self.accelerator.process_index
+        mine = list(range(rank, padded, world))
         batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
-        jobs = [
-            (stage, list(clips)) for stage in range(config.cache_reference) for clips in batches
-        ]
-        for stage, clips in tqdm(
-            jobs, desc="reference", disable=not self.accelerator.is_main_process
-        ):
+        jobs = list(itertools.product(range(config.cache_reference), batches))
+        errors = torch.zeros(config.cache_reference, padded, 2, 2, device=dice.device)
+        for stage, places in tqdm(jobs, "reference", disable=not self.progress):
+            clips = [place % len(data) for place in places]
             batch = default_collate([data[i] for i in clips])
             batch = {name: x.to(errors.device) for name, x in batch.items()}
             roll = dice.stage(stage)[clips]
@@ -306,8 +307,9 @@ class Learner:
             nothing = torch.zeros(2, 2 * len(clips), device=errors.device)
             _, stats = self._loss(pairs, roll, None, nothing, prediction)
             halves = torch.stack([stats.policy_win, stats.policy_lose], dim=-1)
-            errors[stage, clips] = halves.transpose(0, 1)
-        self.reference_errors, self.reference = self.accelerator.reduce(errors, "sum"), None
+            errors[stage, places] = halves.transpose(0, 1)
+        self.reference_errors = self.accelerator.reduce(errors, "sum")[:, : len(data)]
+        self.reference = None
 
 
 # --- small parts ----------------------------------------------------------------------------------

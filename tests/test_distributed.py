@@ -1,0 +1,89 @@
+"""`accelerate launch` with the shipped configurations: two processes train as one does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from micro import outcome, run
+from tiny_ltx2 import save_tiny_ltx2
+from two_processes import RUNS
+from typer.testing import CliRunner
+
+from syncdpo.cli import app
+from syncdpo.data.clips import write_clip
+from syncdpo.data.synthetic import render_clip
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "configs"
+# To the one token of `micro`'s text, queries and keys make no difference: their gradient is
+# rounding, which AdamW turns into whole steps.
+IDLE = r"attn2\.(to|norm)_[qk]\."
+
+
+def launch(config, *arguments):
+    """In two processes, on the CPU; → what they printed."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config,
+        "--num_processes", 2, "--main_process_port", 0, *arguments,
+    ]  # fmt: skip
+    cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | cpu | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [str(word) for word in command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def assert_same(first, second, ignore=r"$."):
+    """Losses to 1e-5; weights too, all of them as one vector; gradients to rounding's sum."""
+    (log, weights), (other_log, other_weights) = first, second
+    for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        found, expected = (torch.tensor([entry[name] for entry in x]) for x in (log, other_log))
+        assert len(found) == 20
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+    assert weights.keys() == other_weights.keys()
+    names = [name for name in weights if not re.search(ignore, name)]
+    difference = sum((weights[name] - other_weights[name]).square().sum() for name in names)
+    size = sum(weights[name].square().sum() for name in names)
+    assert (difference / size).sqrt() <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each run in one process: {name: (log, weights)}."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: run(folder / name, **settings) for name, settings in RUNS.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [("ddp_8_gpus.yaml", "MULTI_CPU"), ("fsdp2_8_gpus.yaml", "FSDP")]
+)
+def test_two_processes_equal_one(alone, tmp_path, config, kind):
+    """All weights, a cached reference, and a LoRA that was resumed, whole or in shards."""
+    printed = launch(config, HERE / "two_processes.py", tmp_path)
+    assert printed.count(f"{kind} in 2 processes") == 2
+    for name, expected in alone.items():
+        assert_same(expected, outcome(tmp_path / name), ignore=IDLE)
+
+
+def test_the_command_line_in_two_processes_equals_one(tmp_path):
+    """LTX-2's own classes, from a prepared cache to a LoRA."""
+    model, clips, cache = (tmp_path / name for name in ("model", "clips", "cache"))
+    save_tiny_ltx2(model)
+    clips.mkdir()
+    for seed in range(4):
+        write_clip(clips / f"{seed}.mp4", render_clip(seed))
+    size = ("--frames", 17, "--height", 64, "--width", 64)
+    arguments = ("prepare", clips, "--output", cache, "--model", model, *size)
+    assert CliRunner().invoke(app, [str(word) for word in arguments]).exit_code == 0
+    settings = ("--model", model, "--data", cache, "--steps", 20, "--lora-rank", 2)
+    one = ("train", *settings, "--output", tmp_path / "one", "--batch-size", 2)
+    assert CliRunner().invoke(app, [str(word) for word in one]).exit_code == 0
+    two = ("train", *settings, "--output", tmp_path / "two", "--batch-size", 1)
+    launch("ddp_8_gpus.yaml", "-m", "syncdpo.cli", *two)
+    assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))

@@ -1,0 +1,49 @@
+"""What each of two processes does that `accelerate launch` started on the CPU: the runs below."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from micro import run
+
+# Settings of each run, for one process; every one makes batches of four.
+RUNS = {
+    "full": {},
+    "cached": {"cache_reference": 3, "beta_audio": 10.0, "clips": 9},
+    "lora": {
+        "lora_rank": 2, "batch_size": 2, "accumulation": 2, "split_pair": True,
+        "gradient_checkpointing": True, "checkpoint_every": 7,
+    },
+}  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_the_cpu()
+    accelerator = Accelerator(mixed_precision="no")
+    print(f"{accelerator.distributed_type.value} in {accelerator.num_processes} processes")
+    for name, settings in RUNS.items():
+        share = settings | {"batch_size": settings.get("batch_size", 4) // 2}
+        run(folder / name, **share)
+        if "checkpoint_every" in settings:  # once more, from the last checkpoint but one
+            if accelerator.is_main_process:
+                max((folder / name).glob("checkpoint-*")).unlink()
+            accelerator.wait_for_everyone()
+            run(folder / name, resume=True, **share)
+    accelerator.end_training()
+
+
+def shard_on_the_cpu() -> None:
+    """accelerate takes up FSDP where it finds a GPU only; PyTorch shards on the CPU as well."""
+    state = Accelerator(mixed_precision="no").state
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

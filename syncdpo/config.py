@@ -39,7 +39,7 @@ class TrainConfig:
     matched: float = _setting(0.5, "share of matched pairs")
     curriculum: str = _setting("linear", "linear, cosine, stages, constant or adaptive")
     beta_video: float = _setting(0.0, "β of the DPO loss on the video's errors")
-    beta_audio: float = _setting(50.0, "β of the DPO loss on the audio's errors")
+    beta_audio: float = _setting(10.0, "β of the DPO loss on the audio's errors")
     normalize: bool = _setting(False, "divide margins by the reference's errors (β about 5)")
     logistic: str = _setting("joint", "one preference per clip (joint) or stream (separate)")
     sft_weight: float = _setting(1.0, "weight of the winner's own error")

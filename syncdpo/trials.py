@@ -30,7 +30,7 @@ from syncdpo.demo import (
     train_method,
 )
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)

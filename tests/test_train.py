@@ -225,7 +225,7 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(tmp_path):
     run(tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         run(tmp_path)
-    with pytest.raises(ValueError, match=r"beta_audio was 50\.0, is 9\.0"):
+    with pytest.raises(ValueError, match=r"beta_audio was 10\.0, is 9\.0"):
         run(tmp_path, resume=True, beta_audio=9.0)
 
 

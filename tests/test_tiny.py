@@ -1,5 +1,7 @@
 """The embedded default: a codec that keeps time, and the model behind the common protocol."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from micro import CONFIG, micro_model
@@ -47,6 +49,12 @@ def test_codec_audio_keeps_time_within_a_step(seed):
 def test_base_is_small_and_loads():
     assert BASE.stat().st_size <= 6e6
     assert sum(p.numel() for p in load_model("tiny").transformer.parameters()) < 3e6
+
+
+def test_without_its_base_it_says_where_to_get_it(monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda path: path != BASE)
+    with pytest.raises(FileNotFoundError, match=r"pip install -e.*python -m syncdpo\.base"):
+        Tiny()
 
 
 def test_sample_is_a_function_of_each_seed(model):

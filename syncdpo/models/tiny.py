@@ -54,7 +54,8 @@ CONFIG = {
 class Tiny:
     """The embedded default behind the protocol of `syncdpo.models.Model`.
 
-    weights: a file or folder of weights; the shipped base by default, None for random ones.
+    weights: a file or folder of weights; by default the base, which comes with the source tree;
+        None for random ones.
     sigma: "shared", one noise level for both streams of a clip, or "separate".
     config: overrides of `CONFIG`, for models smaller still.
     """
@@ -76,6 +77,11 @@ class Tiny:
     ):
         if sigma not in ("shared", "separate"):
             raise ValueError(f"sigma: expected shared or separate, got {sigma!r}")
+        if weights is not None and Path(weights) == BASE and not BASE.is_file():
+            raise FileNotFoundError(
+                "weights: the tiny model's base is in the source tree, not in the wheel: install a "
+                "checkout with pip install -e, or make it with python -m syncdpo.base (30 minutes)"
+            )
         self.sigma = sigma
         self.transformer = LTX2VideoTransformer3DModel(**CONFIG | (config or {}))
         if weights is not None:

@@ -277,7 +277,10 @@ class Learner:
             yield self.reference
             return
         adapted = self.accelerator.unwrap_model(self.policy)
+        trained = [p for p in adapted.parameters() if p.requires_grad]
         adapted.disable_adapters()
+        for parameter in trained:  # frozen with the adapter, FSDP2 would take them for the base's
+            parameter.requires_grad_()
         try:
             yield self.policy
         finally:

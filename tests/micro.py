@@ -38,7 +38,7 @@ def random_latents(count: int = 10) -> list[dict[str, torch.Tensor]]:
     return [{"video": v.flatten(0, 1), "audio": a} for v, a in zip(video, audio, strict=True)]
 
 
-def run(folder, clips=10, **settings):
+def run(folder, clips=10, dtype=torch.float32, **settings):
     """A short run; → (its log, its weights).
 
     The learning rate is small: keys of the one text token have no gradient but rounding, which
@@ -46,7 +46,9 @@ def run(folder, clips=10, **settings):
     """
     defaults = {"steps": STEPS, "batch_size": 4, "warmup": 2, "learning_rate": 3e-5}
     config = TrainConfig(output=str(folder), **defaults | settings)
-    result = train(config, micro_model(), random_latents(clips), progress=False)
+    model = micro_model()
+    model.transformer.to(dtype)
+    result = train(config, model, random_latents(clips), progress=False)
     assert result["steps"] == config.steps
     return outcome(folder)
 

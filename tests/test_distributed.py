@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from micro import outcome, run
 from tiny_ltx2 import save_tiny_ltx2
 from two_processes import RUNS
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from syncdpo.cli import app
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
+from syncdpo.sharding import keep_precision
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
@@ -37,6 +40,10 @@ def launch(config, *arguments):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def losses(log):
+    return torch.tensor([entry["loss"] for entry in log])
 
 
 def assert_same(first, second, ignore=r"$."):
@@ -66,9 +73,19 @@ def alone(tmp_path_factory):
 def test_two_processes_equal_one(alone, tmp_path, config, kind):
     """All weights, a cached reference, and a LoRA that was resumed, whole or in shards."""
     printed = launch(config, HERE / "two_processes.py", tmp_path)
-    assert printed.count(f"{kind} in 2 processes") == 2
+    assert printed.count(f"{kind} in 2 processes") == 2 * len(RUNS)
     for name, expected in alone.items():
-        assert_same(expected, outcome(tmp_path / name), ignore=IDLE)
+        found = outcome(tmp_path / name)
+        if name == "bf16":  # halves of a batch are rounded otherwise than the whole, to 8 bits
+            torch.testing.assert_close(losses(found[0]), losses(expected[0]), rtol=2**-9, atol=0)
+        else:
+            assert_same(expected, found, ignore=IDLE)
+
+
+def test_the_first_fsdp_is_refused():
+    launched = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(ValueError, match="fsdp_version: expected 2"):
+        keep_precision(launched)
 
 
 def test_the_command_line_in_two_processes_equals_one(tmp_path):

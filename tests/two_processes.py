@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from micro import run
+
+from syncdpo.train import PRECISION
 
 # Settings of each run, for one process; every one makes batches of four.
 RUNS = {
@@ -18,16 +20,15 @@ RUNS = {
         "lora_rank": 2, "batch_size": 2, "accumulation": 2, "split_pair": True,
         "gradient_checkpointing": True, "checkpoint_every": 7,
     },
+    "bf16": {"mixed_precision": "bf16", "dtype": torch.bfloat16, "lora_rank": 2},
 }  # fmt: skip
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_the_cpu()
-    accelerator = Accelerator(mixed_precision="no")
-    print(f"{accelerator.distributed_type.value} in {accelerator.num_processes} processes")
     for name, settings in RUNS.items():
+        accelerator = start(PRECISION[settings.get("mixed_precision", "fp32")])
+        print(f"{accelerator.distributed_type.value} in {accelerator.num_processes} processes")
         share = settings | {"batch_size": settings.get("batch_size", 4) // 2}
         run(folder / name, **share)
         if "checkpoint_every" in settings:  # once more, from the last checkpoint but one
@@ -38,11 +39,18 @@ def main(folder: Path) -> None:
     accelerator.end_training()
 
 
-def shard_on_the_cpu() -> None:
-    """accelerate takes up FSDP where it finds a GPU only; PyTorch shards on the CPU as well."""
-    state = Accelerator(mixed_precision="no").state
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+def start(precision: str) -> Accelerator:
+    """As the launcher's configuration says, for this precision.
+
+    accelerate takes up FSDP only where it finds a GPU; PyTorch shards on the CPU as well.
+    """
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    return accelerator
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def probe(
 
     listener = _train(audio[:heard], audio_timeline, train_batch, steps, seed)
     test = pairs(audio[heard:].repeat_interleave(draws, dim=0))
-    preferred = (listener(test.win[1]) > listener(test.lose[1]))[test.valid]
-    return Finding(name, difficulty, matched, preferred.double().mean().item(), len(preferred))
+    margin = (listener(test.win[1]) - listener(test.lose[1]))[test.valid]
+    preferred = (margin.sign().double() + 1) / 2  # a tie is half a guess
+    return Finding(name, difficulty, matched, preferred.mean().item(), len(preferred))
 
 
 def probe_all(

@@ -142,8 +142,8 @@ def heard(audio, seed=0):
 
 def test_the_sound_of_matched_pairs_gives_nothing_away(audio):
     accuracy, error = heard(audio)
-    assert accuracy <= 0.5 + 3 * error
-    assert accuracy >= 0.5 - 3 * error
+    assert abs(accuracy - 0.5) <= 3 * error
+    assert accuracy <= 0.55
     assert error < 0.02
 
 

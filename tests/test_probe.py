@@ -78,3 +78,12 @@ def test_table():
         "| shift | 0% | 50% | 75% |",
         "| shift | 100% | 62% | 88% |",
     ]
+
+
+def test_sounds_that_score_the_same_count_half():
+    """Hits moved within a clip score exactly the same: a tie prefers neither."""
+    at = torch.randint(24, 72, (80, 1), generator=torch.Generator().manual_seed(0))
+    clips = torch.exp(-((torch.arange(96) - at) ** 2) / 2.0)[..., None]
+    timelines = {"video_timeline": Timeline(48, 12.0), "audio_timeline": Timeline(96, 24.0)}
+    finding = probe(clips, Shift(), 1.0, matched=1.0, steps=1, draws=16, **timelines)
+    assert abs(finding.accuracy - 0.5) <= 3 * 0.5 / finding.pairs**0.5

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from micro import outcome, run
 from tiny_ltx2 import save_tiny_ltx2
@@ -63,8 +64,12 @@ def assert_same(first, second, ignore=r"$."):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Each run in one process: {name: (log, weights)}."""
-    folder = tmp_path_factory.mktemp("alone")
-    return {name: run(folder / name, **settings) for name, settings in RUNS.items()}
+    folder, outcomes = tmp_path_factory.mktemp("alone"), {}
+    for name, settings in RUNS.items():
+        AcceleratorState._reset_state()  # one process of accelerate's has one precision
+        outcomes[name] = run(folder / name, **settings)
+    AcceleratorState._reset_state()
+    return outcomes
 
 
 @pytest.mark.parametrize(

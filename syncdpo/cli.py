@@ -66,7 +66,7 @@ def tune(
     output: Output = Path("runs/tune"),
     result: Result = Path("benchmarks/results/learning-rates.json"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 200,
-    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
     jobs: Jobs = 2,
     seed: Seed = 0,
 ) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import (
+    LEARNING_RATE,
     DemoConfig,
     format_row,
     prepare_clips,
@@ -30,7 +31,7 @@ from syncdpo.demo import (
     train_method,
 )
 
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = (1e-3, 2e-3, 3e-3)
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
@@ -87,14 +88,15 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
 
     Returns the table, as markdown; all rows go to `result`.
     """
+    training = {"steps": config.steps, "learning_rate": LEARNING_RATE["syncdpo"]}
     trials = []
     for seed in range(SEEDS):
         there = replace(config, output=config.output / f"seed-{seed}", seed=seed)
         cache = prepare_clips(there)
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
-            settings = {"rules": rule, "curriculum": curriculum, "matched": matched}
+            settings = {"rules": rule, "curriculum": curriculum, "matched": matched} | training
             name = f"{rule}-{curriculum}-{matched:g}"
-            trials.append(Trial(there, cache, name, "syncdpo", settings | {"steps": config.steps}))
+            trials.append(Trial(there, cache, name, "syncdpo", settings))
     # One seed of all before the next: a table that was stopped is whole for the seeds it has.
     return rules_table(run_trials(trials, result, jobs))
 

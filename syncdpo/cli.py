@@ -49,7 +49,7 @@ def demo(
     clips: Annotated[
         Path | None, typer.Option(help="Folder of your own clips, instead of rendered ones.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 100,
     samples: Annotated[int, typer.Option(min=1, help="Clips generated per method.")] = 128,
     seed: Seed = 0,
 ) -> None:
@@ -65,7 +65,7 @@ def demo(
 def tune(
     output: Output = Path("runs/tune"),
     result: Result = Path("benchmarks/results/learning-rates.json"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 100,
     samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
     jobs: Jobs = 2,
     seed: Seed = 0,
@@ -84,7 +84,7 @@ def tune(
 def compare_rules(
     output: Output = Path("runs/rules"),
     result: Result = Path("benchmarks/results/rules.json"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each trial.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each trial.")] = 60,
     samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
     jobs: Jobs = 2,
 ) -> None:

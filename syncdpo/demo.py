@@ -26,7 +26,7 @@ from syncdpo.train import train
 
 TRAINING_CLIPS = 256
 # Each method's best of `make tune`, which samples from other noise.
-LEARNING_RATE = {"sft": 1e-3, "syncdpo": 1e-3, "sft-equal-time": 1e-3}
+LEARNING_RATE = {"sft": 3e-3, "syncdpo": 2e-3, "sft-equal-time": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DemoConfig:
 
     output: Path = Path("runs/demo")
     clips: Path | None = None
-    steps: int = 200
+    steps: int = 100
     samples: int = 128
     sampling_steps: int = 40
     seed: int = 0

@@ -277,6 +277,10 @@ def evaluate(
 def probe(
     data: Annotated[Path, typer.Argument(help="Latent cache made by `syncdpo prepare`.")],
     model: Annotated[str, typer.Option(help="The model that the cache belongs to.")] = "tiny",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="As train's --rules; once for each rule. Default: the four plain ones."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each listener.")] = 200,
     seed: Seed = 0,
 ) -> None:
@@ -285,14 +289,19 @@ def probe(
 
     from syncdpo.data.latents import LatentDataset
     from syncdpo.models import load_model
-    from syncdpo.probe import probe_all, table
+    from syncdpo.probe import RULES, probe_all, table
 
     loaded = load_model(model)
     latents = LatentDataset(data, loaded.identity())
     audio = torch.stack([sample["audio"] for sample in latents])
     video_timeline, audio_timeline = loaded.timelines
     findings = probe_all(
-        audio, video_timeline=video_timeline, audio_timeline=audio_timeline, steps=steps, seed=seed
+        audio,
+        video_timeline=video_timeline,
+        audio_timeline=audio_timeline,
+        rules=rule or RULES,
+        steps=steps,
+        seed=seed,
     )
     typer.echo(table(findings))
 

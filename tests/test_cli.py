@@ -30,7 +30,17 @@ def exit_code(monkeypatch, capsys, *arguments):
 def test_version_and_help():
     assert invoke("--version").strip() == __version__
     help_text = invoke("--help")
-    for command in ("demo", "prepare", "train", "sample", "evaluate", "probe", "tune", "info"):
+    for command in (
+        "demo",
+        "prepare",
+        "train",
+        "sample",
+        "evaluate",
+        "probe",
+        "tune",
+        "compare-rules",
+        "info",
+    ):
         assert command in help_text
 
 

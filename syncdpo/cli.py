@@ -84,8 +84,8 @@ def tune(
 def compare_rules(
     output: Output = Path("runs/rules"),
     result: Result = Path("benchmarks/results/rules.json"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each trial.")] = 40,
-    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 48,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each trial.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
     jobs: Jobs = 2,
 ) -> None:
     """What each rule teaches: constant and rising difficulty, matched or not, on three seeds."""

@@ -26,7 +26,9 @@ app = typer.Typer(
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
-Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON; resumed from there.")]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")]
+Samples = Annotated[int, typer.Option(min=1, help="Clips generated after each training.")]
+Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trials side by side, one thread each.")]
 Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
@@ -49,8 +51,8 @@ def demo(
     clips: Annotated[
         Path | None, typer.Option(help="Folder of your own clips, instead of rendered ones.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 100,
-    samples: Annotated[int, typer.Option(min=1, help="Clips generated per method.")] = 128,
+    steps: Steps = 100,
+    samples: Samples = 128,
     seed: Seed = 0,
 ) -> None:
     """Watch a small generator learn to keep time: minutes on two CPU cores, no downloads."""
@@ -65,8 +67,8 @@ def demo(
 def tune(
     output: Output = Path("runs/tune"),
     result: Result = Path("benchmarks/results/learning-rates.json"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")] = 100,
-    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
+    steps: Steps = 100,
+    samples: Samples = 64,
     jobs: Jobs = 2,
     seed: Seed = 0,
 ) -> None:
@@ -84,8 +86,8 @@ def tune(
 def compare_rules(
     output: Output = Path("runs/rules"),
     result: Result = Path("benchmarks/results/rules.json"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each trial.")] = 100,
-    samples: Annotated[int, typer.Option(min=1, help="Clips generated per trial.")] = 64,
+    steps: Steps = 100,
+    samples: Samples = 64,
     jobs: Jobs = 2,
 ) -> None:
     """What each rule teaches: constant and rising difficulty, matched or not, on three seeds."""

@@ -1,8 +1,8 @@
 """Trials behind the demonstration's settings: learning rates, and what each rule teaches.
 
 Samples start from other noise than the demonstration's, so nothing is chosen on what is reported
-there. Every trial is one process with one thread, `jobs` of them side by side; what was measured is
-kept after each, and the same command goes on from there.
+there. Trials run in `jobs` processes of one thread, side by side; what each measured is kept in
+the output folder, from where the same command goes on, and all goes to `result` at the end.
 """
 
 from __future__ import annotations
@@ -48,10 +48,15 @@ class Trial:
     method: str
     settings: dict
 
+    @property
+    def asked(self) -> dict:
+        """What tells its row from those of other trials, and of the same with other settings."""
+        run = {"name": self.name, "seed": self.config.seed, "clips": self.config.samples}
+        return self.settings | {"method": self.method} | run
+
     def run(self) -> dict:
         result = train_method(self.config, self.name, self.cache, **self.settings)
-        measured = row(self.method, sample(self.config, self.name), result)
-        return self.settings | measured | {"name": self.name, "seed": self.config.seed}
+        return self.asked | row(self.method, sample(self.config, self.name), result)
 
 
 def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
@@ -68,13 +73,13 @@ def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
             yield Trial(config, cache, f"{label}-{rate:g}", label, settings)
 
     equal_steps = [*trials("sft", "sft", config.steps), *trials("syncdpo", "syncdpo", config.steps)]
-    rows = run_trials(equal_steps, result, jobs)
+    rows = run_trials(equal_steps, config.output, jobs)
     seconds = {
         method: statistics.median(r["seconds"] for r in rows if r["method"] == method)
         for method in ("sft", "syncdpo")
     }
     steps = round(config.steps * seconds["syncdpo"] / seconds["sft"])
-    rows += run_trials(trials("sft-equal-time", "sft", steps), result, jobs)
+    rows += run_trials(trials("sft-equal-time", "sft", steps), config.output, jobs)
     real = real_clips(cache)
     best = {}
     for method in ("sft", "syncdpo", "sft-equal-time"):
@@ -98,14 +103,17 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
             name = f"{rule}-{curriculum}-{matched:g}"
             trials.append(Trial(there, cache, name, "syncdpo", settings))
     # One seed of all before the next: a table that was stopped is whole for the seeds it has.
-    return rules_table(run_trials(trials, result, jobs))
+    rows = run_trials(trials, config.output, jobs)
+    write_result(result, {"trials": rows})
+    return rules_table(rows)
 
 
-def run_trials(trials: Iterable[Trial], result: Path, jobs: int) -> list[dict]:
-    """Rows in the trials' order; those that `result` has already are not run again."""
+def run_trials(trials: Iterable[Trial], folder: Path, jobs: int) -> list[dict]:
+    """Rows in the trials' order; those that `folder` has already are not run again."""
     trials = list(trials)
-    rows = read_rows(result)
-    missing = [t for t in trials if _key(t) not in rows]
+    kept = folder / "trials.json"
+    rows = json.loads(kept.read_text())["trials"] if kept.exists() else []
+    missing = [trial for trial in trials if _row_of(trial, rows) is None]
     context = get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(
         jobs, context, initializer=torch.set_num_threads, initargs=(1,)
@@ -113,10 +121,10 @@ def run_trials(trials: Iterable[Trial], result: Path, jobs: int) -> list[dict]:
         futures = [pool.submit(trial.run) for trial in missing]
         for future in tqdm(as_completed(futures), "trials", len(futures), unit="trial"):
             measured = future.result()
-            rows[measured["seed"], measured["name"]] = measured
-            write_result(result, {"trials": list(rows.values())})
+            rows.append(measured)
+            write_result(kept, {"trials": rows})
             tqdm.write(f"{measured['name']:<28}{format_row(measured)}")
-    return [rows[_key(trial)] for trial in trials]
+    return [_row_of(trial, rows) for trial in trials]
 
 
 def keeps_events(row: dict, real: dict) -> bool:
@@ -141,20 +149,13 @@ def rules_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def read_rows(result: Path) -> dict[tuple[int, str], dict]:
-    """Rows of an earlier run of the same command, by seed and name."""
-    if not result.exists():
-        return {}
-    return {(r["seed"], r["name"]): r for r in json.loads(result.read_text())["trials"]}
-
-
 def write_result(result: Path, content: dict) -> None:
     result.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(result, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _key(trial: Trial) -> tuple[int, str]:
-    return trial.config.seed, trial.name
+def _row_of(trial: Trial, rows: list[dict]) -> dict | None:
+    return next((row for row in rows if trial.asked.items() <= row.items()), None)
 
 
 def _spread(rows: list[dict], key: str, form: str) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from syncdpo import trials
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
 from syncdpo.demo import DemoConfig
-from syncdpo.trials import keeps_events, read_rows, rules_table, tune_learning_rates
+from syncdpo.trials import keeps_events, rules_table, tune_learning_rates
 
 
 @pytest.fixture
@@ -56,8 +57,18 @@ def test_rules_table_has_mean_and_range_over_seeds():
     assert lines[2] == "| shift |" + "|".join([cell] * 4) + "|"
 
 
-def test_there_are_no_rows_before_the_first_trial(tmp_path):
-    assert read_rows(tmp_path / "none.json") == {}
+def test_a_row_serves_no_trial_with_other_settings(config, monkeypatch):
+    trial = trials.Trial(config, config.output, "name", "sft", {"steps": 1})
+    config.output.mkdir()
+    trials.write_result(config.output / "trials.json", {"trials": [trial.asked | {"f1": 0.5}]})
+    assert trials.run_trials([trial], config.output, jobs=1) == [trial.asked | {"f1": 0.5}]
+    monkeypatch.setattr(trials.Trial, "run", None)
+    for other in (
+        replace(trial, settings={"steps": 2}),
+        replace(trial, config=replace(config, samples=9)),
+    ):
+        with pytest.raises(TypeError, match="not callable"):
+            trials.run_trials([other], config.output, jobs=1)
 
 
 def test_falling_silent_does_not_count_as_keeping_time():

@@ -150,17 +150,18 @@ def warp_fwd(x: torch.Tensor, knots: torch.Tensor, dim: int, boundary: str) -> t
     tiles_t = triton.cdiv(frames, constants["BLOCK_T"])
     n, outer = (rows, batch) if constants["TIME_LAST"] else (inner, batch * rows)
     grid = (outer * tiles_t * triton.cdiv(n, constants["BLOCK_N"]),)
-    warp_kernel[grid](
-        source,
-        knots.contiguous(),
-        y,
-        rows,
-        frames,
-        inner,
-        knots.shape[1] - 1,
-        *source.stride(),
-        **constants,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x):
+        warp_kernel[grid](
+            source,
+            knots.contiguous(),
+            y,
+            rows,
+            frames,
+            inner,
+            knots.shape[1] - 1,
+            *source.stride(),
+            **constants,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return y

@@ -23,7 +23,9 @@ class TrainConfig:
     data: str = _setting("", "cache of `syncdpo prepare`, or an LTX-2 trainer's .precomputed")
     output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
     model: str = _setting("tiny", "tiny, or folder or hub id of a diffusers LTX-2 pipeline")
-    weights: str = _setting("", "start from these weights instead of the model's own")
+    weights: str = _setting(
+        "", "start from these, all weights or a LoRA, instead of the model's own"
+    )
     method: str = _setting("syncdpo", "sft or syncdpo")
     steps: int = _setting(200, "optimizer steps")
     batch_size: int = _setting(16, "clips per process and micro-step")

@@ -28,14 +28,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from syncdpo import ops
+from syncdpo.adapter import adapter_switched_off, merge_adapter, train_adapter
 from syncdpo.checkpoint import TRAINED, Log, load_checkpoint, save_checkpoint
 from syncdpo.config import TrainConfig, TrainingDiverged
 from syncdpo.curriculum import Adaptive, curriculum
@@ -137,24 +136,20 @@ def train(
 
 
 def policy_and_reference(config: TrainConfig, model: Model) -> tuple[nn.Module, nn.Module | None]:
-    """The module to train, and a frozen copy where the adapter's absence cannot serve as one."""
+    """The module to train, and a frozen copy where the adapter's absence cannot serve as one.
+
+    A LoRA that `weights` brought is trained on, with the model without it as the reference; where
+    all weights are to be trained, it is merged into them.
+    """
     policy, reference = model.transformer, None
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if config.lora_rank:
-        set_seed(config.seed)  # the adapter's random half
-        policy.requires_grad_(False)
-        # Dropout would make the margin noise: policy and reference must see the same network.
-        policy.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_rank,
-                lora_dropout=0.0,
-                target_modules=list(model.lora_targets),
-            )
-        )
-    elif config.method == "syncdpo":
-        reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        train_adapter(policy, config.lora_rank, model.lora_targets, config.seed)
+    else:
+        merge_adapter(policy)
+        if config.method == "syncdpo":
+            reference = copy.deepcopy(policy).requires_grad_(False).eval()
     for parameter in policy.parameters():
         if parameter.requires_grad:  # AdamW's small steps are lost on bf16 weights
             parameter.data = parameter.data.float()
@@ -276,15 +271,8 @@ class Learner:
         if self.reference is not None:
             yield self.reference
             return
-        adapted = self.accelerator.unwrap_model(self.policy)
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        adapted.disable_adapters()
-        for parameter in trained:  # frozen with the adapter, FSDP2 would take them for the base's
-            parameter.requires_grad_()
-        try:
+        with adapter_switched_off(self.accelerator.unwrap_model(self.policy)):
             yield self.policy
-        finally:
-            adapted.enable_adapters()
 
     @torch.no_grad()
     def cache_reference(self, data: Dataset, dice: Dice) -> None:

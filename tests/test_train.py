@@ -128,6 +128,51 @@ def test_lora_trains_the_adapter_alone_against_its_absence(tmp_path):
     assert loaded[name].abs().sum() > 0
 
 
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A LoRA that an earlier run left, and its weights."""
+    folder = tmp_path_factory.mktemp("lora")
+    return folder, run(folder, method="sft", lora_rank=2, learning_rate=1e-2)[1]
+
+
+def test_training_goes_on_with_a_lora(tmp_path, lora):
+    """Its reference is the model without it: they differ from the first step."""
+    log, weights = run(tmp_path, weights=str(lora[0]), lora_rank=2, learning_rate=1e-12)
+    assert log[0]["margin"] != 0
+    assert weights.keys() == lora[1].keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, lora[1][name])
+    with pytest.raises(ValueError, match=r"lora_rank: expected 2, .* got 4"):
+        run(tmp_path / "other", weights=str(lora[0]), lora_rank=4)
+
+
+def test_a_lora_is_merged_where_all_weights_are_trained(tmp_path, lora):
+    log, _ = run(tmp_path, weights=str(lora[0]), learning_rate=1e-12)
+    assert log[0]["margin"] == 0
+    adapted = micro_model()
+    adapted.load_weights(lora[0])
+    adapted.transformer.fuse_lora()
+    merged = micro_model()
+    merged.load_weights(tmp_path)
+    latents = torch.utils.data.default_collate(random_latents(2))
+    arguments = (latents["video"], latents["audio"]), (torch.full((2,), 0.5),) * 2, {}
+    with torch.no_grad():
+        one, other, base = (
+            torch.cat([v.flatten() for v in model.velocity(model.transformer, *arguments)])
+            for model in (adapted, merged, micro_model())
+        )
+    torch.testing.assert_close(one, other)
+    assert (one - base).norm() > 1e-3 * base.norm()
+
+
+def test_training_starts_from_all_weights(tmp_path):
+    _, weights = run(tmp_path / "first", method="sft", learning_rate=1e-3)
+    log, again = run(tmp_path / "second", weights=str(tmp_path / "first"), learning_rate=1e-12)
+    assert log[0]["margin"] == 0
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, weights[name])
+
+
 def test_gradient_checkpointing_changes_nothing(undisturbed, tmp_path):
     assert_same(undisturbed, run(tmp_path, gradient_checkpointing=True), rtol=1e-5)
 

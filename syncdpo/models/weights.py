@@ -35,6 +35,7 @@ def save_weights(folder: Path, transformer: nn.Module, state: dict[str, Tensor])
 def load_weights(path: Path, transformer: nn.Module) -> None:
     """Put full or LoRA weights, a file or the folder that holds it, into `transformer`.
 
+    A LoRA becomes its adapter "default", the one that training goes on with and that is saved.
     Raises FileNotFoundError where there are none, ValueError where they belong to another model.
     """
     file = path if path.is_file() else next(
@@ -45,7 +46,7 @@ def load_weights(path: Path, transformer: nn.Module) -> None:
     if file.suffix != ".safetensors":
         raise ValueError(f"weights: expected a .safetensors file, got {file}")
     if file.name == LORA:
-        transformer.load_lora_adapter(str(file.parent), weight_name=LORA)
+        transformer.load_lora_adapter(str(file.parent), weight_name=LORA, adapter_name="default")
         return
     state = load_file(file)
     expected = {name: tuple(p.shape) for name, p in transformer.state_dict().items()}

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from syncdpo.config import TrainConfig, TrainingDiverged
 from syncdpo.curriculum import curriculum
 from syncdpo.dice import Dice, Order
 from syncdpo.models.weights import FULL
-from syncdpo.train import PATIENCE, train
+from syncdpo.train import PATIENCE, learning_rate_factor, train
 
 
 def losses(log):
@@ -73,6 +74,51 @@ def test_another_seed_is_another_run(undisturbed, tmp_path):
 
 def test_accumulation_changes_nothing(undisturbed, tmp_path):
     assert_same(undisturbed, run(tmp_path, batch_size=2, accumulation=2), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("short"), steps=4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"schedule": "constant"},
+        {"weight_decay": 1.0},
+        {"max_grad_norm": 1e-9},
+        {"beta_video": 100.0},
+        {"normalize": True},
+        {"logistic": "separate"},
+        {"rules": "shift"},
+        {"matched": 1.0},
+        {"curriculum": "stages"},
+        {"sft_weight": 0.0},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_every_setting_makes_another_run(short, tmp_path, setting):
+    log, weights = run(tmp_path, steps=4, **setting)
+    same = torch.equal(losses(log), losses(short[0]))
+    same = same and all(torch.equal(tensor, short[1][name]) for name, tensor in weights.items())
+    assert not same
+
+
+def test_reading_ahead_changes_nothing(short, tmp_path):
+    weights = run(tmp_path, steps=4, workers=1)[1]
+    assert all(torch.equal(tensor, short[1][name]) for name, tensor in weights.items())
+
+
+def test_learning_rate_rises_and_falls_as_the_schedule_says():
+    config = TrainConfig(steps=14, warmup=4)
+    constant, linear, cosine = (
+        [learning_rate_factor(replace(config, schedule=name), step) for step in range(15)]
+        for name in ("constant", "linear", "cosine")
+    )
+    assert constant[:5] == linear[:5] == cosine[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert constant[5:] == [1.0] * 10
+    assert linear[5:] == pytest.approx([1 - k / 10 for k in range(1, 11)])
+    assert cosine[5:] == pytest.approx([(1 + math.cos(math.pi * k / 10)) / 2 for k in range(1, 11)])
 
 
 def test_split_pair_has_the_same_gradients(undisturbed, tmp_path):

@@ -33,7 +33,7 @@ base: $(READY)  ## Train the embedded default's base anew
 	$(BIN)/python -m syncdpo.base
 
 test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

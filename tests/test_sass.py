@@ -19,12 +19,9 @@ MOST_SLOTS = {
     ("_paired_noise_kernel", True): 52,
 }
 
-pytestmark = [
-    pytest.mark.xdist_group("sass"),  # one table for all
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Trials behind the demonstration's settings: learning rates, and what each rule teaches.
 
-Samples start from other noise than the demonstration's, so nothing is chosen on what is reported
-there. Trials run in `jobs` processes of one thread, side by side; what each measured is kept in
-the output folder, from where the same command goes on, and all goes to `result` at the end.
+What is measured is the sound for other pictures than the demonstration's, from other noise: nothing
+is chosen on what is reported there. Trials run in `jobs` processes of one thread, side by side;
+what each measured is kept in the output folder, from where the same command goes on, and all goes
+to `result` at the end.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from tqdm import tqdm
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import (
     LEARNING_RATE,
+    Clips,
     DemoConfig,
+    add_sound,
     format_row,
     prepare_clips,
     real_clips,
     row,
-    sample,
     train_method,
 )
 
-LEARNING_RATES = (1e-3, 2e-3, 3e-3)
+LEARNING_RATES = (1e-3, 2e-3, 3e-3, 5e-3)
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
@@ -43,7 +45,7 @@ class Trial:
     """One training and its name; `settings` as `TrainConfig` has them."""
 
     config: DemoConfig
-    cache: Path
+    clips: Clips
     name: str
     method: str
     settings: dict
@@ -51,12 +53,12 @@ class Trial:
     @property
     def asked(self) -> dict:
         """What tells its row from those of other trials, and of the same with other settings."""
-        run = {"name": self.name, "seed": self.config.seed, "clips": self.config.samples}
+        run = {"name": self.name, "seed": self.config.seed, "samples": self.config.samples}
         return self.settings | {"method": self.method} | run
 
     def run(self) -> dict:
-        result = train_method(self.config, self.name, self.cache, **self.settings)
-        return self.asked | row(self.method, sample(self.config, self.name), result)
+        result = train_method(self.config, self.name, self.clips, **self.settings)
+        return self.asked | row(self.method, add_sound(self.config, self.name, self.clips), result)
 
 
 def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
@@ -65,12 +67,12 @@ def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
     The best has the smallest onset error among those whose number of sounds per clip stays within
     10 % of the real clips'.
     """
-    cache = prepare_clips(config)
+    clips = prepare_clips(config)
 
     def trials(label: str, method: str, steps: int) -> Iterator[Trial]:
         for rate in LEARNING_RATES:
             settings = {"method": method, "steps": steps, "learning_rate": rate}
-            yield Trial(config, cache, f"{label}-{rate:g}", label, settings)
+            yield Trial(config, clips, f"{label}-{rate:g}", label, settings)
 
     equal_steps = [*trials("sft", "sft", config.steps), *trials("syncdpo", "syncdpo", config.steps)]
     rows = run_trials(equal_steps, config.output, jobs)
@@ -80,7 +82,7 @@ def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
     }
     steps = round(config.steps * seconds["syncdpo"] / seconds["sft"])
     rows += run_trials(trials("sft-equal-time", "sft", steps), config.output, jobs)
-    real = real_clips(cache)
+    real = real_clips(clips)
     best = {}
     for method in ("sft", "syncdpo", "sft-equal-time"):
         kept = [r for r in rows if r["method"] == method and keeps_events(r, real)]
@@ -97,11 +99,11 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
     trials = []
     for seed in range(SEEDS):
         there = replace(config, output=config.output / f"seed-{seed}", seed=seed)
-        cache = prepare_clips(there)
+        clips = prepare_clips(there)
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
             settings = {"rules": rule, "curriculum": curriculum, "matched": matched} | training
             name = f"{rule}-{curriculum}-{matched:g}"
-            trials.append(Trial(there, cache, name, "syncdpo", settings))
+            trials.append(Trial(there, clips, name, "syncdpo", settings))
     # One seed of all before the next: a table that was stopped is whole for the seeds it has.
     rows = run_trials(trials, config.output, jobs)
     write_result(result, {"trials": rows})

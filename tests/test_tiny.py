@@ -65,6 +65,20 @@ def test_sample_is_a_function_of_each_seed(model):
         torch.testing.assert_close(x[1:2], y, atol=1e-5, rtol=1e-5)
 
 
+def test_given_pictures_come_back_and_the_sound_depends_on_them(model):
+    seeds = torch.tensor([5, 6])
+    video = ops.noise((2, 96, 40), torch.tensor([1, 2]))
+    shown, heard = model.sample(model.transformer, {}, seeds, steps=3, video=video)
+    torch.testing.assert_close(shown, video, atol=1e-5, rtol=1e-5)
+    _, other = model.sample(model.transformer, {}, seeds, steps=3, video=video.flip(0))
+    assert (heard - other).abs().mean() > 1e-3
+    clips = list(model.generate([""] * 2, seeds, steps=3, video=video))
+    expected = model.decode(shown, heard)
+    for clip, own in zip(clips, expected, strict=True):
+        assert torch.equal(clip.video, own.video)
+        torch.testing.assert_close(clip.audio, own.audio, atol=1e-4, rtol=1e-4)
+
+
 def test_velocity_depends_on_the_other_stream(model):
     video, audio = ops.noise((2, 96, 40), torch.tensor([1, 2])), torch.randn(2, 50, 32)
     sigma = (torch.tensor([0.3, 0.8]),) * 2

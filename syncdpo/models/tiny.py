@@ -6,7 +6,7 @@ picture but not when: the fault that SyncDPO mends, at a size where mending it t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import torch
@@ -129,7 +129,12 @@ class Tiny:
 
     @torch.no_grad()
     def sample(
-        self, transformer: Callable, conditions: dict[str, Tensor], seed: Tensor, steps: int
+        self,
+        transformer: Callable,
+        conditions: dict[str, Tensor],
+        seed: Tensor,
+        steps: int,
+        video: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Evenly spaced σ from pure noise; of the noise that each step predicts, η² is drawn anew:
 
@@ -137,6 +142,9 @@ class Tiny:
 
         as η does in DDIM (Song et al., arXiv 2010.02502, equation 12). Fresh noise lets the model
         correct what it has begun wrongly, if it can tell. Clip b is a function of seed[b].
+
+        video: [B,96,40], pictures that are given, without noise. They follow the same path, by
+        their true velocity (x − x₀)/σ, and only the sound is the model's.
         """
         batch, sigmas = len(seed), torch.linspace(1, 0, steps + 1, device=seed.device)
         shapes = (
@@ -151,6 +159,8 @@ class Tiny:
         for step, (now, then) in enumerate(pairwise(sigmas)):
             sigma = now.expand(batch)
             velocity = self.velocity(transformer, noisy, (sigma, sigma), conditions)
+            if video is not None:
+                velocity = ((noisy[0] - video) / now, velocity[1])
             noise = [
                 (1 - ETA**2) ** 0.5 * (x + (1 - now) * v) + ETA * e
                 for x, v, e in zip(noisy, velocity, fresh(step + 1), strict=True)
@@ -169,14 +179,26 @@ class Tiny:
         ]
 
     def generate(
-        self, captions: Sequence[str], seeds: Tensor, *, steps: int | None = None, **guidance
+        self,
+        captions: Sequence[str],
+        seeds: Tensor,
+        *,
+        steps: int | None = None,
+        video: Tensor | None = None,
+        **guidance,
     ) -> Iterator[Clip]:
-        """Clips by `sample`, 32 at a time; there is neither text nor guidance."""
+        """Clips by `sample`, 32 at a time; there is neither text nor guidance.
+
+        video: [clips,96,40], latents of pictures that only want their sound.
+        """
         if unused := [*guidance, *(["caption"] if any(captions) else [])]:
             raise ValueError(f"{', '.join(unused)}: tiny takes no text and has no guidance")
         transformer = self.transformer.eval()
-        for some in seeds.to(next(transformer.parameters()).device).split(SAMPLED_TOGETHER):
-            yield from self.decode(*self.sample(transformer, {}, some, steps or SAMPLING_STEPS))
+        seeds = seeds.to(next(transformer.parameters()).device)
+        given = repeat(None) if video is None else video.split(SAMPLED_TOGETHER)
+        for some, pictures in zip(seeds.split(SAMPLED_TOGETHER), given, strict=False):
+            latents = self.sample(transformer, {}, some, steps or SAMPLING_STEPS, pictures)
+            yield from self.decode(*latents)
 
     def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
         save_weights(folder, self.transformer, state)

@@ -27,7 +27,7 @@ app = typer.Typer(
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
 Steps = Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")]
-Samples = Annotated[int, typer.Option(min=1, help="Clips generated after each training.")]
+Samples = Annotated[int, typer.Option(min=1, help="Clips measured after each training.")]
 Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trials side by side, one thread each.")]
 Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
@@ -51,7 +51,7 @@ def demo(
     clips: Annotated[
         Path | None, typer.Option(help="Folder of your own clips, instead of rendered ones.")
     ] = None,
-    steps: Steps = 100,
+    steps: Steps = 60,
     samples: Samples = 128,
     seed: Seed = 0,
 ) -> None:
@@ -67,7 +67,7 @@ def demo(
 def tune(
     output: Output = Path("runs/tune"),
     result: Result = Path("benchmarks/results/learning-rates.json"),
-    steps: Steps = 100,
+    steps: Steps = 60,
     samples: Samples = 64,
     jobs: Jobs = 2,
     seed: Seed = 0,
@@ -86,7 +86,7 @@ def tune(
 def compare_rules(
     output: Output = Path("runs/rules"),
     result: Result = Path("benchmarks/results/rules.json"),
-    steps: Steps = 100,
+    steps: Steps = 60,
     samples: Samples = 64,
     jobs: Jobs = 2,
 ) -> None:

@@ -33,7 +33,7 @@ from syncdpo.demo import (
     train_method,
 )
 
-LEARNING_RATES = (1e-3, 2e-3, 3e-3, 5e-3)
+LEARNING_RATES = (3e-3, 5e-3, 8e-3, 1.2e-2)
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)

@@ -26,7 +26,7 @@ demo: $(READY)  ## Train SFT and SyncDPO, measure, report; CLIPS=folder for your
 tune: $(READY)  ## Find each method's learning rate for the demo
 	$(BIN)/syncdpo tune
 
-rules: $(READY)  ## Compare the rules on three seeds: the README's table
+rules: $(READY)  ## Compare the rules on three seeds
 	$(BIN)/syncdpo compare-rules
 
 base: $(READY)  ## Train the embedded default's base anew

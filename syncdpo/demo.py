@@ -28,7 +28,7 @@ from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 
 TRAINING_CLIPS = 256
-# First seeds of the rendered pictures that want a sound: nothing is chosen on those of "test".
+# First seeds of the rendered pictures that want a sound; learning rates are chosen on "validation".
 HELD_OUT = {"validation": 1_000_000, "test": 2_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
 # Each method's best of `make tune`.
@@ -104,10 +104,11 @@ def prepare_clips(config: DemoConfig) -> Clips:
     if config.clips is None:
         first = HELD_OUT[config.purpose] + 1000 * config.seed
         seeds = range(TRAINING_CLIPS * config.seed, TRAINING_CLIPS * (config.seed + 1))
-        return Clips(
-            render(config, seeds, "clips", "latents"),
-            render(config, range(first, first + config.samples), "held-out", "held-out-latents"),
-        )
+        pictures = range(first, first + config.samples)
+        held_out = render(config, pictures, "held-out", "held-out-latents")
+        # An earlier run in this folder may have left more of them.
+        held_out = Subset(held_out, range(config.samples))
+        return Clips(render(config, seeds, "clips", "latents"), held_out)
     latents = encode(config, config.clips, "latents")
     if len(latents) < 2:
         raise ValueError(

@@ -6,7 +6,7 @@ picture but not when: the fault that SyncDPO mends, at a size where mending it t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise, repeat
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -195,8 +195,9 @@ class Tiny:
             raise ValueError(f"{', '.join(unused)}: tiny takes no text and has no guidance")
         transformer = self.transformer.eval()
         seeds = seeds.to(next(transformer.parameters()).device)
-        given = repeat(None) if video is None else video.split(SAMPLED_TOGETHER)
-        for some, pictures in zip(seeds.split(SAMPLED_TOGETHER), given, strict=False):
+        groups = seeds.split(SAMPLED_TOGETHER)
+        given = [None] * len(groups) if video is None else video.split(SAMPLED_TOGETHER)
+        for some, pictures in zip(groups, given, strict=True):
             latents = self.sample(transformer, {}, some, steps or SAMPLING_STEPS, pictures)
             yield from self.decode(*latents)
 

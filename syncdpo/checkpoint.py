@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
     set_state_dict,
@@ -60,7 +61,7 @@ def save_checkpoint(
 def load_checkpoint(
     config: TrainConfig, policy: nn.Module, optimizer: Optimizer, difficulty: Schedule
 ) -> dict:
-    """Progress so far, {"step", "seconds", "skipped"}; zeros for a fresh run.
+    """Progress so far, {"step", "seconds", "cpu_seconds", "skipped"}; zeros for a fresh run.
 
     Raises ValueError where a fresh run would overwrite checkpoints, or a resumed one has other
     settings than its beginning.
@@ -71,7 +72,7 @@ def load_checkpoint(
     if found and not config.resume:
         raise ValueError(f"output: {output} holds a run; resume it, or choose another folder")
     if not found:
-        return {"step": 0, "seconds": 0.0, "skipped": 0}
+        return {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "skipped": 0}
     remove_leftovers(output)
     with safe_open(found[-1], "pt") as file:
         header = json.loads(file.metadata()["syncdpo"])
@@ -94,6 +95,16 @@ def load_checkpoint(
     )
     difficulty.load_state_dict(header["difficulty"])
     return header["progress"]
+
+
+def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor]:
+    """What a run leaves, frozen or not: all weights, or the whole LoRA.
+
+    Every process must call it.
+    """
+    ours = [p for name, p in policy.named_parameters() if not config.lora_rank or "lora_" in name]
+    frozen = not all(parameter.requires_grad for parameter in ours)
+    return get_model_state_dict(policy, options=replace(TRAINED, ignore_frozen_params=not frozen))
 
 
 def _check_same_run(then: dict, now: dict, output: Path) -> None:

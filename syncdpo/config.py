@@ -36,6 +36,7 @@ class TrainConfig:
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, "longer gradients are shortened to this norm")
     lora_rank: int = _setting(0, "rank of the LoRA; 0 trains all weights")
+    trained: str = _setting("both", "whose weights: both streams', or the audio's alone (audio)")
     sigma: str = _setting("shared", "noise level: shared by both streams of a clip, or separate")
     rules: str = _setting("replace+scale", "shift, scale, warp, replace, or several joined by +")
     matched: float = _setting(0.5, "share of matched pairs")
@@ -62,6 +63,7 @@ class TrainConfig:
 
         choices = {
             "method": ("sft", "syncdpo"),
+            "trained": ("both", "audio"),
             "sigma": ("shared", "separate"),
             "schedule": ("constant", "linear", "cosine"),
             "logistic": ("joint", "separate"),

@@ -27,13 +27,11 @@ COLUMNS = (
     ("onset_error_ms", "mean onset error, ms", "{:.0f}"),
     ("onset_error_median_ms", "median, ms", "{:.0f}"),
     ("events_per_clip", "sounds per clip", "{:.2f}"),
-    ("joint_f1", "F1, joint", "{:.2f}"),
-    ("joint_onset_error_ms", "mean onset error, joint", "{:.0f}"),
+    ("held_out_f1", "F1, given pictures", "{:.2f}"),
+    ("held_out_onset_error_ms", "mean onset error, given pictures", "{:.0f}"),
     ("steps", "steps", "{:d}"),
     ("seconds", "seconds", "{:.0f}"),
 )
-# What is told of clips whose picture and sound are both generated.
-JOINT = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip", "seen_per_clip")
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>syncdpo: a generator learns to keep time</title>
@@ -53,43 +51,44 @@ p.note { color: #5c6570; font-size: .9rem }
 </style></head><body>
 <h1>A generator learns to keep time</h1>
 <p>The base knows which sound goes with a ball that strikes the floor, but not when. Supervised
-fine-tuning (SFT) and SyncDPO each train it on the same $training synchronised clips, each at its
-own learning rate. Then every model writes the sound to $held_out pictures that none was trained
-on; what is seen and heard in the resulting mp4 files is compared. “Joint”: $samples clips whose
-picture is generated as well.</p>
+fine-tuning (SFT) and SyncDPO each train a LoRA of rank $rank on its sound's half, on the same
+$training synchronised clips, each at its own learning rate. Then every model generates $samples
+clips, and what is seen and heard in the resulting mp4 files is compared. “Given pictures”: it
+writes the sound alone, to $held_out pictures that none was trained on.</p>
 <table><thead><tr><th>after</th>$header</tr></thead><tbody>$rows</tbody></table>
 <p class="note">F1 counts a visible impact as met when its sound leads by at most 90 ms or lags by
 at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms). The onset error is the
 distance from each visible impact to the nearest sound. “Real clips” are the held-out clips with
 their own sound, after the codec: as good as a generator can get. Seed $seed.</p>
 <h2>Seen and heard</h2>
-<p>Each line is one held-out clip: marks above are impacts seen in its picture, marks below are
-onsets heard in the generated sound. In step, they meet.</p>
+<p>Each line is one generated clip: marks above are impacts seen in its picture, marks below are
+onsets heard in its sound. In step, they meet.</p>
 <img alt="Timeline of seen and heard events per method" src="$timeline">
 <h2>Training</h2>
 <img alt="Training curves" src="$curves">
 <h2>Clips</h2>
-<p>The same picture, column by column; the sound is the model's.</p>
+<p>Given pictures, the same in every column; the sound is the model's.</p>
 <div class="clips">$clips</div>
 </body></html>
 """)
 
 
 def write_report(path: Path, report: dict, sampled: dict, logs: dict) -> None:
-    """Write `path` from report.json's content, `Sampled` per method, and logs per method."""
+    """Write `path` from report.json's content, `Samples` per method, and logs per method."""
     methods = [row["method"] for row in report["rows"]]
-    shown = min(SHOWN, len(sampled["base"].paths))
+    shown = min(SHOWN, len(sampled["base"].held_out.paths))
     page = PAGE.substitute(
         header="".join(f"<th>{title}</th>" for _, title, _ in COLUMNS),
         rows=_table(report),
         training=report["settings"]["training_clips"],
         held_out=report["settings"]["held_out_clips"],
+        rank=report["settings"]["lora_rank"],
         samples=report["settings"]["samples"],
         seed=report["settings"]["seed"],
-        timeline=_picture(draw_timeline({m: sampled[m].metrics[:shown] for m in methods})),
+        timeline=_picture(draw_timeline({m: sampled[m].clips.metrics[:SHOWN] for m in methods})),
         curves=_picture(draw_curves(logs)),
         shown=shown,
-        clips="".join(_clips(LABELS[m], sampled[m].paths[:shown]) for m in methods),
+        clips="".join(_clips(LABELS[m], sampled[m].held_out.paths[:shown]) for m in methods),
     )
     path.write_text(page)
 

@@ -29,13 +29,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from syncdpo import ops
 from syncdpo.adapter import adapter_switched_off, merge_adapter, train_adapter
-from syncdpo.checkpoint import TRAINED, Log, load_checkpoint, save_checkpoint
+from syncdpo.checkpoint import Log, finished_weights, load_checkpoint, save_checkpoint
 from syncdpo.config import TrainConfig, TrainingDiverged
 from syncdpo.curriculum import Adaptive, curriculum
 from syncdpo.data.precomputed import open_latents
@@ -59,8 +58,9 @@ def train(
 
     model, data: instead of those that `config` names; `data` gives what `model.encode` does.
 
-    Returns {"steps", "seconds", "skipped"}. Raises ValueError for settings or data that do not fit,
-    TrainingDiverged when no step counts any more; the last good checkpoint is then in place.
+    Returns {"steps", "seconds", "cpu_seconds", "skipped"}. Raises ValueError for settings or data
+    that do not fit, TrainingDiverged when no step counts any more; the last good checkpoint is then
+    in place.
     """
     accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
     keep_precision(accelerator)
@@ -91,7 +91,7 @@ def train(
     batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
     log = Log(config, state["step"], writes, progress)
 
-    streak, since = 0, time.perf_counter() - state["seconds"]
+    streak, since = 0, {name: now - state[name] for name, now in clocks().items()}
     for step in range(state["step"], config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(config, step)
@@ -113,7 +113,7 @@ def train(
         if isinstance(difficulty, Adaptive) and not streak:
             difficulty.update(metrics["implicit_accuracy"])
         log(step, metrics | {"grad_norm": norm, "skipped": state["skipped"]})
-        state |= {"step": step + 1, "seconds": time.perf_counter() - since}
+        state |= {name: now - since[name] for name, now in clocks().items()} | {"step": step + 1}
         if streak == PATIENCE:
             raise TrainingDiverged(
                 f"no finite gradient in {PATIENCE} steps, the last of them {step}; the last good "
@@ -124,12 +124,12 @@ def train(
         ):
             save_checkpoint(config, policy, optimizer, difficulty, state, writes)
 
-    weights = get_model_state_dict(policy, options=TRAINED)
+    weights = finished_weights(config, policy)
     if writes:
         model.save_weights(Path(config.output), weights)
     log.close()
     accelerator.wait_for_everyone()
-    return {"steps": config.steps} | {k: state[k] for k in ("seconds", "skipped")}
+    return {"steps": config.steps} | {k: state[k] for k in (*since, "skipped")}
 
 
 # --- what is trained ------------------------------------------------------------------------------
@@ -142,15 +142,17 @@ def policy_and_reference(config: TrainConfig, model: Model) -> tuple[nn.Module, 
     all weights are to be trained, it is merged into them.
     """
     policy, reference = model.transformer, None
+    wanted = model.of_audio if config.trained == "audio" else lambda name: True
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if config.lora_rank:
-        train_adapter(policy, config.lora_rank, model.lora_targets, config.seed)
+        train_adapter(policy, config.lora_rank, model.lora_targets, wanted, config.seed)
     else:
         merge_adapter(policy)
         if config.method == "syncdpo":
             reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    for parameter in policy.parameters():
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and wanted(name))
         if parameter.requires_grad:  # AdamW's small steps are lost on bf16 weights
             parameter.data = parameter.data.float()
     return policy.train(), reference
@@ -313,6 +315,11 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return shapes[config.schedule]
+
+
+def clocks() -> dict[str, float]:
+    """Time that passes, and that this process's threads work: on a busy machine they differ."""
+    return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
 
 
 def mean_over_processes(accelerator: Accelerator, metrics: list[dict[str, Tensor]]) -> dict:

@@ -1,9 +1,9 @@
 """Trials behind the demonstration's settings: learning rates, and what each rule teaches.
 
-What is measured is the sound for other pictures than the demonstration's, from other noise: nothing
-is chosen on what is reported there. Trials run in `jobs` processes of one thread, side by side;
-what each measured is kept in the output folder, from where the same command goes on, and all goes
-to `result` at the end.
+What is measured starts from other noise than the demonstration's, and shows other pictures where
+they are given: nothing is chosen on what is reported there. Trials run in `jobs` processes of one
+thread, side by side; what each measured is kept in the output folder, from where the same command
+goes on, and all goes to `result` at the end.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from tqdm import tqdm
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import (
     LEARNING_RATE,
+    TRAINED,
     Clips,
     DemoConfig,
+    Samples,
     add_sound,
+    equal_time,
     format_row,
     prepare_clips,
     real_clips,
     row,
+    sample,
     train_method,
 )
 
-LEARNING_RATES = (3e-3, 5e-3, 8e-3, 1.2e-2)
+LEARNING_RATES = (1e-2, 2e-2, 3e-2, 4e-2, 6e-2)
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
@@ -54,11 +58,13 @@ class Trial:
     def asked(self) -> dict:
         """What tells its row from those of other trials, and of the same with other settings."""
         run = {"name": self.name, "seed": self.config.seed, "samples": self.config.samples}
-        return self.settings | {"method": self.method} | run
+        return TRAINED | self.settings | {"method": self.method} | run
 
     def run(self) -> dict:
         result = train_method(self.config, self.name, self.clips, **self.settings)
-        return self.asked | row(self.method, add_sound(self.config, self.name, self.clips), result)
+        clips = sample(self.config, self.name)
+        held_out = add_sound(self.config, self.name, self.clips)
+        return self.asked | row(self.method, Samples(clips, held_out), result)
 
 
 def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
@@ -76,11 +82,7 @@ def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
 
     equal_steps = [*trials("sft", "sft", config.steps), *trials("syncdpo", "syncdpo", config.steps)]
     rows = run_trials(equal_steps, config.output, jobs)
-    seconds = {
-        method: statistics.median(r["seconds"] for r in rows if r["method"] == method)
-        for method in ("sft", "syncdpo")
-    }
-    steps = round(config.steps * seconds["syncdpo"] / seconds["sft"])
+    steps = equal_time(config.steps, rows)
     rows += run_trials(trials("sft-equal-time", "sft", steps), config.output, jobs)
     real = real_clips(clips)
     best = {}

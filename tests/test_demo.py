@@ -30,7 +30,7 @@ def test_report_json_has_a_row_per_method(demo):
     assert [r["method"] for r in report["rows"]] == ["base", "sft", "sft-equal-time", "syncdpo"]
     for row in report["rows"]:
         assert {"f1", "onset_error_ms", "events_per_clip", "steps", "seconds"} <= row.keys()
-        assert {"joint_f1", "joint_onset_error_ms"} <= row.keys()
+        assert {"held_out_f1", "held_out_onset_error_ms"} <= row.keys()
         assert row["clips"] == 2
     steps = {row["method"]: row["steps"] for row in report["rows"]}
     assert (steps["base"], steps["sft"], steps["syncdpo"]) == (0, 2, 2)

@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from micro import STEPS, micro_model, one_of_two, outcome, random_latents, run, run_or_resume
 from safetensors.torch import load_file
 
+from syncdpo.adapter import adapter_switched_off, train_adapter
 from syncdpo.checkpoint import read_log
 from syncdpo.config import TrainConfig, TrainingDiverged
 from syncdpo.curriculum import curriculum
 from syncdpo.dice import Dice, Order
-from syncdpo.models.weights import FULL
+from syncdpo.models.tiny import Tiny
+from syncdpo.models.weights import FULL, of_audio
 from syncdpo.train import PATIENCE, learning_rate_factor, train
 
 
@@ -90,6 +92,7 @@ def short(tmp_path_factory):
         {"beta_video": 100.0},
         {"normalize": True},
         {"logistic": "separate"},
+        {"trained": "audio"},
         {"rules": "shift"},
         {"matched": 1.0},
         {"curriculum": "stages"},
@@ -211,6 +214,46 @@ def test_a_lora_is_merged_where_all_weights_are_trained(tmp_path, lora):
     assert (one - base).norm() > 1e-3 * base.norm()
 
 
+def test_the_audio_alone_is_trained(tmp_path):
+    """The picture's half keeps its bits, and what is saved is whole."""
+    _, weights = run(tmp_path, trained="audio")
+    before = micro_model().transformer.state_dict()
+    assert weights.keys() == before.keys()
+    changed = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in changed if of_audio(name)}
+    parts = {name.split(".")[2] for name in changed if name.startswith("transformer_blocks")}
+    assert {"audio_attn1", "audio_ff", "video_to_audio_attn"} <= parts
+    micro_model().load_weights(tmp_path)
+
+
+def test_a_lora_of_the_audio_alone(tmp_path):
+    _, weights = run(tmp_path, trained="audio", lora_rank=2)
+    modules = {name.split(".")[3] for name in weights}
+    assert modules == {"audio_attn1", "audio_attn2", "video_to_audio_attn"}
+
+
+def test_training_the_audio_alone_keeps_the_rest_of_a_lora(tmp_path, lora):
+    """What it says of the picture stays as it was, is saved, and is no part of the reference."""
+    log, weights = run(tmp_path, trained="audio", weights=str(lora[0]), lora_rank=2)
+    assert log[0]["margin"] != 0
+    assert weights.keys() == lora[1].keys()
+    for name, tensor in weights.items():
+        if not of_audio(name):
+            assert torch.equal(tensor, lora[1][name])
+    assert any(not torch.equal(weights[name], lora[1][name]) for name in weights if of_audio(name))
+
+
+def test_a_frozen_part_of_an_adapter_stays_frozen():
+    transformer = micro_model().transformer
+    train_adapter(transformer, 2, Tiny.lora_targets, lambda name: True, seed=0)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and of_audio(name))
+    before = [parameter.requires_grad for parameter in transformer.parameters()]
+    with adapter_switched_off(transformer):
+        assert [parameter.requires_grad for parameter in transformer.parameters()] == before
+    assert [parameter.requires_grad for parameter in transformer.parameters()] == before
+
+
 def test_training_starts_from_all_weights(tmp_path):
     _, weights = run(tmp_path / "first", method="sft", learning_rate=1e-3)
     log, again = run(tmp_path / "second", weights=str(tmp_path / "first"), learning_rate=1e-12)
@@ -223,7 +266,9 @@ def test_gradient_checkpointing_changes_nothing(undisturbed, tmp_path):
     assert_same(undisturbed, run(tmp_path, gradient_checkpointing=True), rtol=1e-5)
 
 
-@pytest.mark.parametrize("extra", [{}, {"lora_rank": 2}, {"curriculum": "adaptive"}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"lora_rank": 2}, {"trained": "audio"}, {"curriculum": "adaptive"}]
+)
 def test_a_resumed_run_goes_on_exactly(tmp_path, monkeypatch, extra):
     whole = run(tmp_path / "whole", **extra)
     stopped = tmp_path / "stopped"

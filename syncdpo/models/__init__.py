@@ -28,6 +28,9 @@ class Model(Protocol):
     velocity_sign: int
     lora_targets: Sequence[str]
 
+    def of_audio(self, name: str) -> bool:
+        """Whether a parameter or module of `transformer`, by its name, serves the audio alone."""
+
     def identity(self) -> dict:
         """What latents depend on; recorded in caches and compared before they are used."""
 

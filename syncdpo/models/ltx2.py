@@ -21,7 +21,7 @@ from torchaudio.transforms import MelSpectrogram
 from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models.ltx2_parts import NEEDED, Parts
 from syncdpo.models.noise_levels import draw_sigma
-from syncdpo.models.weights import load_weights, save_weights
+from syncdpo.models.weights import load_weights, of_audio, save_weights
 from syncdpo.timeline import Timeline
 
 ENCODERS = ("vae", "audio_vae", "text_encoder", "connectors")  # what a cache depends on
@@ -44,6 +44,7 @@ class LTX2:
 
     velocity_sign = +1
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    of_audio = staticmethod(of_audio)
     text_tokens = 1024
 
     def __init__(

@@ -17,7 +17,7 @@ from syncdpo import ops
 from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models import codec
 from syncdpo.models.noise_levels import draw_sigma
-from syncdpo.models.weights import load_weights, save_weights
+from syncdpo.models.weights import load_weights, of_audio, save_weights
 from syncdpo.timeline import Timeline
 
 SECONDS = 2.0
@@ -67,6 +67,7 @@ class Tiny:
     )
     velocity_sign = +1
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    of_audio = staticmethod(of_audio)
 
     def __init__(
         self,

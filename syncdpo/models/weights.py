@@ -13,6 +13,12 @@ FULL = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 
 
+def of_audio(name: str) -> bool:
+    """Whether a parameter or module of an LTX-2 transformer, by its name, serves the audio's half:
+    the sound and how it attends to the picture, not how the picture attends to the sound."""
+    return "audio" in name and "audio_to_video" not in name
+
+
 def save_weights(folder: Path, transformer: nn.Module, state: dict[str, Tensor]) -> None:
     """Write a transformer's state dict to `folder`.
 

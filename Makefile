@@ -33,7 +33,7 @@ base: $(READY)  ## Train the embedded default's base anew
 	$(BIN)/python -m syncdpo.base
 
 test: $(READY)  ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two workers, two threads
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

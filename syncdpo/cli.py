@@ -87,7 +87,7 @@ def compare_rules(
     output: Output = Path("runs/rules"),
     result: Result = Path("benchmarks/results/rules.json"),
     steps: Steps = 60,
-    samples: Samples = 64,
+    samples: Samples = 48,
     jobs: Jobs = 2,
 ) -> None:
     """What each rule teaches: constant and rising difficulty, matched or not, on three seeds."""

@@ -30,7 +30,7 @@ COLUMNS = (
     ("held_out_f1", "F1, given pictures", "{:.2f}"),
     ("held_out_onset_error_ms", "mean onset error, given pictures", "{:.0f}"),
     ("steps", "steps", "{:d}"),
-    ("seconds", "seconds", "{:.0f}"),
+    ("cpu_seconds", "CPU seconds", "{:.0f}"),
 )
 
 PAGE = Template("""<!doctype html>

@@ -9,7 +9,7 @@ import torch
 
 from syncdpo.data.clips import read_clip, write_clip
 from syncdpo.data.synthetic import render_clip
-from syncdpo.demo import DemoConfig, prepare_clips, run
+from syncdpo.demo import DemoConfig, equal_time, prepare_clips, run
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,16 @@ def test_report_json_has_a_row_per_method(demo):
     steps = {row["method"]: row["steps"] for row in report["rows"]}
     assert (steps["base"], steps["sft"], steps["syncdpo"]) == (0, 2, 2)
     assert steps["sft-equal-time"] > 2  # a pair costs more than a clip
+
+
+def test_equal_time_is_the_cpus():
+    """Whatever else the machine does while one of the methods trains."""
+    rows = [
+        {"method": "base", "seconds": 0, "cpu_seconds": 0},
+        {"method": "sft", "seconds": 99, "cpu_seconds": 10},
+        {"method": "syncdpo", "seconds": 33, "cpu_seconds": 28},
+    ]
+    assert equal_time(60, rows) == 168
 
 
 def test_a_second_run_repeats_no_training_and_finds_the_same(demo):

@@ -76,7 +76,7 @@ def alone(tmp_path_factory):
     ("config", "kind"), [("ddp_8_gpus.yaml", "MULTI_CPU"), ("fsdp2_8_gpus.yaml", "FSDP")]
 )
 def test_two_processes_equal_one(alone, tmp_path, config, kind):
-    """All weights, a cached reference, and a LoRA that was resumed, whole or in shards."""
+    """All weights, the audio's with a cached reference, a resumed LoRA; whole or in shards."""
     printed = launch(config, HERE / "two_processes.py", tmp_path)
     assert printed.count(f"{kind} in 2 processes") == 2 * len(RUNS)
     for name, expected in alone.items():

@@ -15,7 +15,7 @@ from syncdpo.train import PRECISION
 # Settings of each run, for one process; every one makes batches of four.
 RUNS = {
     "full": {},
-    "cached": {"cache_reference": 3, "beta_audio": 10.0, "clips": 9},
+    "cached": {"cache_reference": 3, "beta_audio": 10.0, "clips": 9, "trained": "audio"},
     "lora": {
         "lora_rank": 2, "batch_size": 2, "accumulation": 2, "split_pair": True,
         "gradient_checkpointing": True, "checkpoint_every": 7,

@@ -31,7 +31,7 @@ from syncdpo.train import train
 
 TRAINING_CLIPS = 256
 # First seeds of the rendered pictures that want a sound; learning rates are chosen on "validation".
-HELD_OUT = {"validation": 1_000_000, "test": 3_000_000}
+HELD_OUT = {"validation": 1_000_000, "report": 3_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
 HELD_OUT_FIGURES = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip")
 # As LTX-2 is post-trained, by a LoRA; on the sound's half, so that the picture stays as it was.
@@ -53,7 +53,7 @@ class DemoConfig:
     samples: int = 128
     sampling_steps: int = 40
     seed: int = 0
-    purpose: str = "test"
+    purpose: str = "report"
     progress: bool = True
 
 

@@ -34,8 +34,8 @@ TRAINING_CLIPS = 256
 HELD_OUT = {"validation": 1_000_000, "report": 3_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
 HELD_OUT_FIGURES = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip")
-# As LTX-2 is post-trained, by a LoRA; on the sound's half, so that the picture stays as it was.
-TRAINED = {"lora_rank": 16, "trained": "audio"}
+# As LTX-2 is post-trained, by a LoRA; on the sound's half, so that the picture's weights stay.
+RECIPE = {"lora_rank": 16, "trained": "audio"}
 # Each method's best of `make tune`.
 LEARNING_RATE = {"sft": 1e-2, "syncdpo": 3e-2, "sft-equal-time": 4e-2}
 
@@ -162,7 +162,7 @@ def train_method(config: DemoConfig, name: str, clips: Clips, **settings) -> dic
         output=str(config.output / name),
         seed=config.seed,
         resume=True,  # the same command goes on where it was stopped, and repeats no training
-        **TRAINED | settings,
+        **RECIPE | settings,
     )
     return train(run, data=clips.training, progress=config.progress)
 
@@ -216,7 +216,7 @@ def describe(config: DemoConfig, clips: Clips) -> dict:
         "steps": config.steps,
         "samples": config.samples,
         "sampling_steps": config.sampling_steps,
-        **TRAINED,
+        **RECIPE,
         "learning_rate": LEARNING_RATE,
         "clips": str(config.clips or "rendered"),
         "training_clips": len(clips.training),

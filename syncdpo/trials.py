@@ -23,7 +23,7 @@ from tqdm import tqdm
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import (
     LEARNING_RATE,
-    TRAINED,
+    RECIPE,
     Clips,
     DemoConfig,
     Samples,
@@ -58,7 +58,7 @@ class Trial:
     def asked(self) -> dict:
         """What tells its row from those of other trials, and of the same with other settings."""
         run = {"name": self.name, "seed": self.config.seed, "samples": self.config.samples}
-        return TRAINED | self.settings | {"method": self.method} | run
+        return RECIPE | self.settings | {"method": self.method} | run
 
     def run(self) -> dict:
         result = train_method(self.config, self.name, self.clips, **self.settings)

@@ -29,6 +29,7 @@ COLUMNS = (
     ("events_per_clip", "sounds per clip", "{:.2f}"),
     ("held_out_f1", "F1, given pictures", "{:.2f}"),
     ("held_out_onset_error_ms", "mean onset error, given pictures", "{:.0f}"),
+    ("weights", "weights trained", "{}"),
     ("steps", "steps", "{:d}"),
     ("cpu_seconds", "CPU seconds", "{:.0f}"),
 )
@@ -51,10 +52,10 @@ p.note { color: #5c6570; font-size: .9rem }
 </style></head><body>
 <h1>A generator learns to keep time</h1>
 <p>The base knows which sound goes with a ball that strikes the floor, but not when. Supervised
-fine-tuning (SFT) and SyncDPO each train a LoRA of rank $rank on its sound's half, on the same
-$training synchronised clips, each at its own learning rate. Then every model generates $samples
-clips, and what is seen and heard in the resulting mp4 files is compared. “Given pictures”: it
-writes the sound alone, to $held_out pictures that none was trained on.</p>
+fine-tuning (SFT) and SyncDPO train it on the same $training synchronised clips, each the weights,
+and at the learning rate, that suit it best. Then every model generates $samples clips, and what is
+seen and heard in the resulting mp4 files is compared. “Given pictures”: it writes the sound alone,
+to $held_out pictures that none was trained on.</p>
 <table><thead><tr><th>after</th>$header</tr></thead><tbody>$rows</tbody></table>
 <p class="note">F1 counts a visible impact as met when its sound leads by at most 90 ms or lags by
 at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms). The onset error is the
@@ -82,7 +83,6 @@ def write_report(path: Path, report: dict, sampled: dict, logs: dict) -> None:
         rows=_table(report),
         training=report["settings"]["training_clips"],
         held_out=report["settings"]["held_out_clips"],
-        rank=report["settings"]["lora_rank"],
         samples=report["settings"]["samples"],
         seed=report["settings"]["seed"],
         timeline=_picture(draw_timeline({m: sampled[m].clips.metrics[:SHOWN] for m in methods})),

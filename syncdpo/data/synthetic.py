@@ -21,6 +21,7 @@ PITCHES = tuple(200.0 * 30.0 ** (k / 15) for k in range(3, 11))  # Hz; on the ti
 FLOOR = 54.0  # px from the top
 GRAVITY = 430.0  # px/s²: a gap of 0.8 s rises 34 px
 GAP = (0.35, 0.80)  # s between impacts of one ball
+OFFSET_SEED = 2**40  # so that a clip's offset shares no draw with its ball
 MARGIN = 1.0  # s of scene rendered on either side, so that a shifted window is never empty
 
 
@@ -120,13 +121,23 @@ def render_clip(seed: int) -> Clip:
     return render(seed).clip
 
 
-def render_folder(folder: Path, seeds: Iterable[int]) -> None:
-    """Write one mp4 per seed, named by it; what is already there is kept."""
+def draw_offset(seed: int, spread: float) -> float:
+    """Seconds by which a recording's sound is late: spread · N(0, 1), a function of the seed."""
+    generator = torch.Generator().manual_seed(seed + OFFSET_SEED)
+    return spread * torch.randn((), generator=generator).item()
+
+
+def render_folder(folder: Path, seeds: Iterable[int], *, offset_spread: float = 0.0) -> None:
+    """Write one mp4 per seed, named by it; what is already there is kept.
+
+    offset_spread: standard deviation, in seconds, of the sound's offset against the picture, which
+    is the same for all of a clip, as it is in recordings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         path = folder / f"{seed:06d}.mp4"
         if not path.exists():
-            write_clip(path, render_clip(seed))
+            write_clip(path, render(seed, offset=draw_offset(seed, offset_spread)).clip)
 
 
 def _around(impacts: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,8 @@ def summarise(metrics: Sequence[ClipMetrics]) -> dict[str, float | int | None]:
     onset_error_ms, onset_error_median_ms: over visible events, |Δ| to the nearest audible one (see
         `ClipMetrics.errors`); None where nothing is seen.
     offset_ms: signed mean over pairs within ±250 ms; positive: sound is late; None without pairs.
+    offset_spread_ms: standard deviation over clips of the mean of each clip's own pairs; None where
+        fewer than two clips have any.
     events_per_clip, seen_per_clip: audible and visible events per clip. clips: how many.
     """
     if not metrics:
@@ -182,6 +184,8 @@ def summarise(metrics: Sequence[ClipMetrics]) -> dict[str, float | int | None]:
     seen, heard = sum(len(m.seen) for m in metrics), sum(len(m.heard) for m in metrics)
     errors = 1e3 * np.concatenate([m.errors for m in metrics])
     offsets = 1e3 * np.concatenate([m.offsets for m in metrics])
+
+    of_clips = [1e3 * m.offsets.mean() for m in metrics if len(m.offsets)]
 
     def f1(window):
         return 2 * sum(m.hits(window) for m in metrics) / (seen + heard) if seen + heard else None
@@ -192,6 +196,7 @@ def summarise(metrics: Sequence[ClipMetrics]) -> dict[str, float | int | None]:
         "onset_error_ms": float(errors.mean()) if len(errors) else None,
         "onset_error_median_ms": float(np.median(errors)) if len(errors) else None,
         "offset_ms": float(offsets.mean()) if len(offsets) else None,
+        "offset_spread_ms": float(np.std(of_clips)) if len(of_clips) > 1 else None,
         "events_per_clip": heard / len(metrics),
         "seen_per_clip": seen / len(metrics),
         "clips": len(metrics),

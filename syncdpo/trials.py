@@ -1,8 +1,9 @@
 """Trials behind the demonstration's settings: weights, learning rates, and what each rule teaches.
 
 Clips of each model's own are measured, from other noise than the demonstration's: nothing is chosen
-on what is reported there. Trials run in `jobs` processes of one thread, side by side; what each measured is kept in the output folder, from where the same command
-goes on, and all goes to `result` at the end.
+on what is reported there. Trials run in `jobs` processes of one thread, side by side; what each
+measured is kept in the output folder, from where the same command goes on, and all goes to `result`
+at the end.
 """
 
 from __future__ import annotations

@@ -213,18 +213,27 @@ def test_summary_of_known_events():
         ClipMetrics(np.array([1.0]), np.array([]), 2.0),  # seen, not heard: half of 2 s
         ClipMetrics(np.array([]), np.array([0.3]), 2.0),  # heard, not seen
         ClipMetrics(np.array([0.1]), np.array([1.9]), 2.0),  # 1.8 s off counts as 1 s
+        ClipMetrics(np.array([1.0]), np.array([1.02]), 2.0),
     ]
     assert summarise(clips) == pytest.approx({
-        "f1": 2 * 2 / (4 + 4), "f1_undetectable": 2 * 1 / (4 + 4),
-        "onset_error_ms": (50 + 100 + 1000 + 1000) / 4, "onset_error_median_ms": 550,
-        "offset_ms": 25, "events_per_clip": 1.0, "seen_per_clip": 1.0, "clips": 4,
+        "f1": 2 * 3 / (5 + 5), "f1_undetectable": 2 * 2 / (5 + 5),
+        "onset_error_ms": (50 + 100 + 1000 + 1000 + 20) / 5, "onset_error_median_ms": 100,
+        "offset_ms": 70 / 3, "offset_spread_ms": 2.5, "events_per_clip": 1.0, "seen_per_clip": 1.0,
+        "clips": 5,
     })  # fmt: skip
 
 
 def test_summary_of_nothing():
     nothing = ClipMetrics(np.array([]), np.array([]), 2.0)
     report = summarise([nothing])
-    for name in ("f1", "f1_undetectable", "onset_error_ms", "onset_error_median_ms", "offset_ms"):
+    for name in (
+        "f1",
+        "f1_undetectable",
+        "onset_error_ms",
+        "onset_error_median_ms",
+        "offset_ms",
+        "offset_spread_ms",
+    ):
         assert report[name] is None
     assert report["events_per_clip"] == report["seen_per_clip"] == 0
     with pytest.raises(ValueError, match="got none"):

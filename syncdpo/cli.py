@@ -30,12 +30,6 @@ Steps = Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncD
 Samples = Annotated[int, typer.Option(min=1, help="Clips measured after each training.")]
 Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trials side by side, one thread each.")]
-OffsetSpread = Annotated[
-    float | None,
-    typer.Option(
-        min=0, metavar="SECONDS", help="Spread (σ) of the training clips' A/V offset; default 0.06."
-    ),
-]
 Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
 Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
@@ -60,13 +54,18 @@ def demo(
     steps: Steps = 60,
     samples: Samples = 128,
     seed: Seed = 0,
-    offset_spread: OffsetSpread = None,
+    offset_spread: Annotated[
+        float,
+        typer.Option(min=0, help="Standard deviation of rendered clips' A/V offset, in seconds."),
+    ] = 0.0,
 ) -> None:
     """Watch a small generator learn to keep time: minutes on two CPU cores, no downloads."""
     from syncdpo.demo import DemoConfig, format_table, run
 
-    spread = _given({"offset_spread": offset_spread})
-    report = run(DemoConfig(output, clips, steps, samples, seed=seed, **spread))
+    if clips and offset_spread:
+        raise ValueError("offset-spread: expected 0 with your own clips, which stay as they are")
+    config = DemoConfig(output, clips, steps, samples, seed=seed, offset_spread=offset_spread)
+    report = run(config)
     typer.echo(format_table(report))
     typer.echo(f"\nOpen {output / 'report.html'}")
 
@@ -74,27 +73,20 @@ def demo(
 @app.command()
 def tune(
     output: Output = Path("runs/tune"),
-    result: Result = Path("benchmarks/results/tune.json"),
+    result: Result = Path("benchmarks/results/learning-rates.json"),
     steps: Steps = 60,
     samples: Samples = 64,
     jobs: Jobs = 2,
     seed: Seed = 0,
-    offset_spread: OffsetSpread = None,
 ) -> None:
-    """Find each method's weights and learning rate, on noise that the demo never measures on."""
+    """Find each method's learning rate for the demo, on noise that the demo never measures on."""
     from syncdpo.demo import DemoConfig
-    from syncdpo.trials import tune as find
+    from syncdpo.trials import tune_learning_rates
 
     config = DemoConfig(
-        output,
-        steps=steps,
-        samples=samples,
-        seed=seed,
-        purpose="validation",
-        progress=False,
-        **_given({"offset_spread": offset_spread}),
+        output, steps=steps, samples=samples, seed=seed, purpose="validation", progress=False
     )
-    typer.echo(find(config, result, jobs))
+    tune_learning_rates(config, result, jobs)
 
 
 @app.command()

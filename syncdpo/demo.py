@@ -1,9 +1,8 @@
 """The demonstration: clips → latents → SFT and SyncDPO from one base → clips → figures → report.
 
 Each model is asked for clips of its own, and for the sound of pictures that none was trained on.
-Everything is measured on mp4 files, by what is seen and heard in them. Which weights a method
-trains, and its learning rate, come from `syncdpo.trials`, which measure on other noise and other
-pictures than `run` does.
+Everything is measured on mp4 files, by what is seen and heard in them. Learning rates come from
+`syncdpo.trials`, which measure on other noise and other pictures than `run` does.
 """
 
 from __future__ import annotations
@@ -31,9 +30,6 @@ from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 
 TRAINING_CLIPS = 256
-# Standard deviation, in seconds, of the sound's offset in the clips that are trained on: no footage
-# is in step to the millisecond. 93 % of them are what ITU-R BT.1359 calls acceptable.
-OFFSET_SPREAD = 0.06
 # First seeds of the rendered pictures that want a sound; learning rates are chosen on "validation".
 HELD_OUT = {"validation": 1_000_000, "report": 3_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
@@ -44,27 +40,19 @@ HELD_OUT_FIGURES = (
     "offset_spread_ms",
     "events_per_clip",
 )
-# What may be trained: the weights themselves or a LoRA, of everything or of the sound's half.
-WEIGHTS = {
-    "all": {"lora_rank": 0, "trained": "both"},
-    "sound's half": {"lora_rank": 0, "trained": "audio"},
-    "LoRA": {"lora_rank": 16, "trained": "both"},
-    "LoRA of the sound's half": {"lora_rank": 16, "trained": "audio"},
-}
-# Each method's best weights and learning rate, of `make tune`.
-CHOSEN = {
-    "sft": ("all", 4e-3),
-    "syncdpo": ("sound's half", 1.6e-2),
-    "sft-equal-time": ("all", 8e-3),
-}
+# As LTX-2 is post-trained, by a LoRA; on the sound's half, so that the picture's weights stay.
+RECIPE = {"lora_rank": 16, "trained": "audio"}
+# Each method's best of `make tune`.
+LEARNING_RATE = {"sft": 1e-2, "syncdpo": 3e-2, "sft-equal-time": 4e-2}
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Settings of the demonstration. `clips`: a folder of the user's own instead of rendered ones.
 
-    `purpose` names the pictures and the noise that samples start from; `offset_spread` is that of
-    rendered training clips. What is given and measured against is exactly in step.
+    `purpose` names the pictures and the noise that samples start from. `offset_spread`: standard
+    deviation, in seconds, of the sound's offset in rendered training clips; what is given and
+    measured against is exactly in step.
     """
 
     output: Path = Path("runs/demo")
@@ -74,22 +62,21 @@ class DemoConfig:
     sampling_steps: int = 40
     seed: int = 0
     purpose: str = "report"
-    offset_spread: float = OFFSET_SPREAD
+    offset_spread: float = 0.0
     progress: bool = True
 
     @property
-    def latents(self) -> Path:
-        """What is trained on, apart for each spread of offsets."""
-        own = "latents" if self.clips else f"latents-{self._spread}"
-        return self.output / own
+    def clips_folder(self) -> Path:
+        """What is trained on: the user's clips, or rendered ones, a folder for each spread."""
+        return self.clips or self.output / f"clips{self._spread}"
 
     @property
-    def rendered(self) -> Path:
-        return self.output / f"clips-{self._spread}"
+    def latents(self) -> Path:
+        return self.output / f"latents{self._spread}"
 
     @property
     def _spread(self) -> str:
-        return f"offset-{1000 * self.offset_spread:g}ms"
+        return f"-offset-{1000 * self.offset_spread:g}ms" if self.offset_spread else ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +99,7 @@ class Samples(NamedTuple):
     """Of one method: clips of its own, and held-out pictures with its sound."""
 
     clips: Sampled
-    held_out: Sampled | None
+    held_out: Sampled
 
 
 def run(config: DemoConfig) -> dict:
@@ -125,26 +112,20 @@ def run(config: DemoConfig) -> dict:
         rows.append(row(method, sampled[method], result))
 
     measure("base")
-    for method in CHOSEN:
+    for method, learning_rate in LEARNING_RATE.items():
         steps = config.steps
         if method == "sft-equal-time":
             steps = equal_time(config.steps, rows)
-        result = train_method(config, method, clips, steps=steps, **chosen(method))
+        settings = {"steps": steps, "learning_rate": learning_rate}
+        settings["method"] = "syncdpo" if method == "syncdpo" else "sft"
+        result = train_method(config, method, clips, **settings)
         logs[method] = read_log(config.output / method)
         measure(method, result)
-        rows[-1]["weights"] = CHOSEN[method][0]
     rows.sort(key=lambda r: list(LABELS).index(r["method"]))
     report = {"rows": rows, "real": real_clips(clips), "settings": describe(config, clips)}
     write_atomic(config.output / "report.json", json.dumps(report, indent=2).encode())
     write_report(config.output / "report.html", report, sampled, logs)
     return report
-
-
-def chosen(method: str) -> dict:
-    """How a method of the table trains, as `TrainConfig` has it."""
-    weights, learning_rate = CHOSEN[method]
-    objective = "syncdpo" if method == "syncdpo" else "sft"
-    return WEIGHTS[weights] | {"method": objective, "learning_rate": learning_rate}
 
 
 def equal_time(steps: int, rows: list[dict]) -> int:
@@ -171,9 +152,9 @@ def prepare_clips(config: DemoConfig) -> Clips:
         # An earlier run in this folder may have left more of them.
         held_out = Subset(held_out, range(config.samples))
         spread = config.offset_spread
-        training = render(config, seeds, config.rendered, config.latents, offset_spread=spread)
+        training = render(config, seeds, config.clips_folder, config.latents, offset_spread=spread)
         return Clips(training, held_out)
-    latents = encode(config, config.clips, config.latents)
+    latents = encode(config, config.clips_folder, config.latents)
     if len(latents) < 2:
         raise ValueError(
             f"clips: expected two that can be used at least, one to train on and one to measure "
@@ -208,7 +189,7 @@ def train_method(config: DemoConfig, name: str, clips: Clips, **settings) -> dic
         output=str(config.output / name),
         seed=config.seed,
         resume=True,  # the same command goes on where it was stopped, and repeats no training
-        **settings,
+        **RECIPE | settings,
     )
     return train(run, data=clips.training, progress=config.progress)
 
@@ -243,8 +224,8 @@ def sample(
 def row(method: str, sampled: Samples, result: dict | None = None) -> dict:
     """A line of the table: the model's own clips, and `held_out_…`: its sound to given pictures."""
     training = {k: (result or {}).get(k, 0) for k in ("steps", "seconds", "cpu_seconds")}
-    held_out = summarise(sampled.held_out.metrics) if sampled.held_out else {}
-    given = {f"held_out_{k}": held_out[k] for k in HELD_OUT_FIGURES if held_out}
+    held_out = summarise(sampled.held_out.metrics)
+    given = {f"held_out_{k}": held_out[k] for k in HELD_OUT_FIGURES}
     return {"method": method} | summarise(sampled.clips.metrics) | given | training
 
 
@@ -262,10 +243,10 @@ def describe(config: DemoConfig, clips: Clips) -> dict:
         "steps": config.steps,
         "samples": config.samples,
         "sampling_steps": config.sampling_steps,
-        "weights": {method: weights for method, (weights, _) in CHOSEN.items()},
-        "learning_rate": {method: rate for method, (_, rate) in CHOSEN.items()},
+        **RECIPE,
+        "learning_rate": LEARNING_RATE,
         "clips": str(config.clips or "rendered"),
-        "offset_spread": None if config.clips else config.offset_spread,
+        "offset_spread": config.offset_spread,
         "training_clips": len(clips.training),
         "held_out_clips": len(clips.held_out),
     }

@@ -29,7 +29,6 @@ COLUMNS = (
     ("events_per_clip", "sounds per clip", "{:.2f}"),
     ("held_out_f1", "F1, given pictures", "{:.2f}"),
     ("held_out_onset_error_ms", "mean onset error, given pictures", "{:.0f}"),
-    ("weights", "weights trained", "{}"),
     ("steps", "steps", "{:d}"),
     ("cpu_seconds", "CPU seconds", "{:.0f}"),
 )
@@ -52,10 +51,10 @@ p.note { color: #5c6570; font-size: .9rem }
 </style></head><body>
 <h1>A generator learns to keep time</h1>
 <p>The base knows which sound goes with a ball that strikes the floor, but not when. Supervised
-fine-tuning (SFT) and SyncDPO train it on the same $training synchronised clips$offset, each the
-weights, and at the learning rate, that suit it best. Then every model generates $samples clips, and
-what is seen and heard in the resulting mp4 files is compared. “Given pictures”: it writes the sound
-alone, to $held_out pictures that none was trained on.</p>
+fine-tuning (SFT) and SyncDPO each train a LoRA of rank $rank on its sound's half, on the same
+$training synchronised clips$offset, each at its own learning rate. Then every model generates
+$samples clips, and what is seen and heard in the resulting mp4 files is compared. “Given pictures”:
+it writes the sound alone, to $held_out pictures that none was trained on.</p>
 <table><thead><tr><th>after</th>$header</tr></thead><tbody>$rows</tbody></table>
 <p class="note">F1 counts a visible impact as met when its sound leads by at most 90 ms or lags by
 at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms). The onset error is the
@@ -83,6 +82,7 @@ def write_report(path: Path, report: dict, sampled: dict, logs: dict) -> None:
         rows=_table(report),
         training=report["settings"]["training_clips"],
         held_out=report["settings"]["held_out_clips"],
+        rank=report["settings"]["lora_rank"],
         offset=_offset(report["settings"]["offset_spread"]),
         samples=report["settings"]["samples"],
         seed=report["settings"]["seed"],
@@ -142,11 +142,8 @@ def _smooth(values: list[float], memory: float = 0.9) -> list[float]:
     return smoothed
 
 
-def _offset(spread: float | None) -> str:
-    """How exactly rendered clips are in step; of a user's own clips nobody knows."""
-    if not spread:
-        return ""
-    return f" (to within {1000 * spread:g} ms, one standard deviation)"
+def _offset(spread: float) -> str:
+    return f" (to within {1000 * spread:g} ms, one standard deviation)" if spread else ""
 
 
 def _table(report: dict) -> str:

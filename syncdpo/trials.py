@@ -1,18 +1,17 @@
-"""Trials behind the demonstration's settings: weights, learning rates, and what each rule teaches.
+"""Trials behind the demonstration's settings: learning rates, and what each rule teaches.
 
-Clips of each model's own are measured, from other noise than the demonstration's: nothing is chosen
-on what is reported there. Trials run in `jobs` processes of one thread, side by side; what each
-measured is kept in the output folder, from where the same command goes on, and all goes to `result`
-at the end.
+What is measured starts from other noise than the demonstration's, and shows other pictures where
+they are given: nothing is chosen on what is reported there. Trials run in `jobs` processes of one
+thread, side by side; what each measured is kept in the output folder, from where the same command
+goes on, and all goes to `result` at the end.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -23,12 +22,12 @@ from tqdm import tqdm
 
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import (
-    CHOSEN,
-    WEIGHTS,
+    LEARNING_RATE,
+    RECIPE,
     Clips,
     DemoConfig,
     Samples,
-    chosen,
+    add_sound,
     equal_time,
     format_row,
     prepare_clips,
@@ -37,12 +36,8 @@ from syncdpo.demo import (
     sample,
     train_method,
 )
-from syncdpo.report import LABELS
 
-# Half octaves. A search begins with every second one from the first to the last of these, and goes
-# on until its best has neighbours on both sides.
-LEARNING_RATES = tuple(float(f"{1e-3 * 2 ** (k / 2):.1e}") for k in range(16))  # to 0.18
-BEGIN = {0: (2, 4, 6), 16: (6, 8, 10)}  # places in LEARNING_RATES, by LoRA rank
+LEARNING_RATES = (1e-2, 2e-2, 3e-2, 4e-2, 6e-2)
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
@@ -51,114 +46,50 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Trial:
-    """One training and its name; `settings` as `TrainConfig` has them, `weights` of `WEIGHTS`."""
+    """One training and its name; `settings` as `TrainConfig` has them."""
 
     config: DemoConfig
     clips: Clips
     name: str
     method: str
     settings: dict
-    weights: str
 
     @property
     def asked(self) -> dict:
         """What tells its row from those of other trials, and of the same with other settings."""
-        run = {"name": self.name}
-        run |= {k: getattr(self.config, k) for k in ("seed", "samples", "offset_spread")}
-        return self.settings | {"method": self.method, "weights": self.weights} | run
+        run = {"name": self.name, "seed": self.config.seed, "samples": self.config.samples}
+        return RECIPE | self.settings | {"method": self.method} | run
 
     def run(self) -> dict:
         result = train_method(self.config, self.name, self.clips, **self.settings)
         clips = sample(self.config, self.name)
-        return self.asked | row(self.method, Samples(clips, None), result)
+        held_out = add_sound(self.config, self.name, self.clips)
+        return self.asked | row(self.method, Samples(clips, held_out), result)
 
 
-def tune(config: DemoConfig, result: Path, jobs: int) -> str:
-    """Find which weights each method should train, and how fast.
+def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
+    """Try every learning rate for every method, SFT also at SyncDPO's time; write all to `result`.
 
-    Returns each method's best for each choice of weights as markdown; all trials go to `result`.
-
-    SFT and SyncDPO may both train any of `WEIGHTS`, each at learning rates that are searched for it
-    until the best has neighbours on both sides. The best has the smallest onset error among those
-    whose number of sounds per clip stays within 10 % of the real clips', or among all where none
-    does. SFT at equal time is searched likewise, for as many steps as take the time of SyncDPO's
-    best; SFT at equal steps then trains the weights that are best at equal time, at a rate of its
-    own.
+    The best has the smallest onset error among those whose number of sounds per clip stays within
+    10 % of the real clips'.
     """
     clips = prepare_clips(config)
+
+    def trials(label: str, method: str, steps: int) -> Iterator[Trial]:
+        for rate in LEARNING_RATES:
+            settings = {"method": method, "steps": steps, "learning_rate": rate}
+            yield Trial(config, clips, f"{label}-{rate:g}", label, settings)
+
+    equal_steps = [*trials("sft", "sft", config.steps), *trials("syncdpo", "syncdpo", config.steps)]
+    rows = run_trials(equal_steps, config.output, jobs)
+    steps = equal_time(config.steps, rows)
+    rows += run_trials(trials("sft-equal-time", "sft", steps), config.output, jobs)
     real = real_clips(clips)
-
-    def find(method: str, steps: dict[str, int]) -> list[dict]:
-        searches = [Search(config, clips, real, method, w, n) for w, n in steps.items()]
-        run_searches(searches, config.output, jobs)
-        best = min(searches, key=lambda s: worth(s.best, real))
-        best.refine()
-        run_searches([best], config.output, jobs)
-        return [row for search in searches for row in search.rows]
-
-    def best(method: str, **which) -> dict:
-        found = [r for r in rows if {"method": method, **which}.items() <= r.items()]
-        return min(found, key=lambda r: worth(r, real))
-
-    steps = dict.fromkeys(WEIGHTS, config.steps)
-    rows = find("sft", steps) + find("syncdpo", steps)
-    for weights in WEIGHTS:
-        compared = [r for r in rows if r["method"] == "sft" and r["weights"] == weights]
-        steps[weights] = equal_time(config.steps, [*compared, best("syncdpo")])
-    rows += find("sft-equal-time", steps)
-    equal = best("sft-equal-time")
-    winners = (best("sft", weights=equal["weights"]), best("syncdpo"), equal)
-    choice = {r["method"]: [r["weights"], r["learning_rate"]] for r in winners}
-    write_result(result, {"best": choice, "real": real, "trials": rows})
-    return weights_table(rows, real)
-
-
-class Search:
-    """The learning rates tried for a method and its weights, as places in `LEARNING_RATES`."""
-
-    def __init__(self, config, clips, real, method: str, weights: str, steps: int):
-        self.config, self.clips, self.real = config, clips, real
-        self.method, self.weights, self.steps = method, weights, steps
-        self.places = list(BEGIN[WEIGHTS[weights]["lora_rank"]])
-        self.rows: list[dict] = []
-
-    def trials(self) -> list[Trial]:
-        return [self._trial(LEARNING_RATES[place]) for place in self.places]
-
-    @property
-    def best(self) -> dict:
-        return min(self.rows, key=lambda row: worth(row, self.real))
-
-    def widen(self) -> bool:
-        """One rate more beyond the best, if it is the lowest or highest tried; False if not."""
-        place = LEARNING_RATES.index(self.best["learning_rate"])
-        lowest, highest = min(self.places), max(self.places)
-        further = [p for p, end in ((lowest - 2, lowest), (highest + 2, highest)) if place == end]
-        further = [p for p in further if 0 <= p < len(LEARNING_RATES)]
-        self.places += further
-        return bool(further)
-
-    def refine(self) -> None:
-        """The half octaves beside the best."""
-        place = LEARNING_RATES.index(self.best["learning_rate"])
-        self.places += [p for p in (place - 1, place + 1) if 0 <= p < len(LEARNING_RATES)]
-
-    def _trial(self, rate: float) -> Trial:
-        settings = WEIGHTS[self.weights] | {"steps": self.steps, "learning_rate": rate}
-        settings["method"] = self.method.removesuffix("-equal-time")
-        name = f"{self.method}-{self.weights}-{rate:g}".replace(" ", "-").replace("'", "")
-        return Trial(self.config, self.clips, name, self.method, settings, self.weights)
-
-
-def run_searches(searches: list[Search], folder: Path, jobs: int) -> None:
-    """Run all, side by side, until none wants another learning rate."""
-    open_searches = searches
-    while open_searches:
-        trials = [search.trials() for search in open_searches]
-        rows = iter(run_trials([t for some in trials for t in some], folder, jobs))
-        for search, some in zip(open_searches, trials, strict=True):
-            search.rows = list(itertools.islice(rows, len(some)))
-        open_searches = [search for search in open_searches if search.widen()]
+    best = {}
+    for method in ("sft", "syncdpo", "sft-equal-time"):
+        kept = [r for r in rows if r["method"] == method and keeps_events(r, real)]
+        best[method] = min(kept, key=lambda r: r["onset_error_ms"])["learning_rate"]
+    write_result(result, {"best": best, "real": real, "trials": rows})
 
 
 def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
@@ -166,7 +97,7 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
 
     Returns the table, as markdown; all rows go to `result`.
     """
-    weights, training = CHOSEN["syncdpo"][0], chosen("syncdpo") | {"steps": config.steps}
+    training = {"steps": config.steps, "learning_rate": LEARNING_RATE["syncdpo"]}
     trials = []
     for seed in range(SEEDS):
         there = replace(config, output=config.output / f"seed-{seed}", seed=seed)
@@ -174,7 +105,7 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
             settings = {"rules": rule, "curriculum": curriculum, "matched": matched} | training
             name = f"{rule}-{curriculum}-{matched:g}"
-            trials.append(Trial(there, clips, name, "syncdpo", settings, weights))
+            trials.append(Trial(there, clips, name, "syncdpo", settings))
     # One seed of all before the next: a table that was stopped is whole for the seeds it has.
     rows = run_trials(trials, config.output, jobs)
     write_result(result, {"trials": rows})
@@ -200,36 +131,9 @@ def run_trials(trials: Iterable[Trial], folder: Path, jobs: int) -> list[dict]:
     return [_row_of(trial, rows) for trial in trials]
 
 
-def worth(row: dict, real: dict) -> tuple[bool, float]:
-    """What trials are sorted by: who keeps its sounds comes first, then who is in step."""
-    error = row["onset_error_ms"]
-    return not keeps_events(row, real), math.inf if error is None else error
-
-
 def keeps_events(row: dict, real: dict) -> bool:
     """Nobody keeps time by falling silent: sounds per clip within 10 % of the real clips'."""
     return abs(row["events_per_clip"] / real["events_per_clip"] - 1) <= 0.1
-
-
-def weights_table(rows: list[dict], real: dict) -> str:
-    """Weights × method: the best learning rate, F1 and onset error of own clips."""
-    methods = ("sft", "sft-equal-time", "syncdpo")
-    lines = [
-        "| weights trained | " + " | ".join(LABELS[m] for m in methods) + " |",
-        "|---" * 4 + "|",
-    ]
-    for weights in WEIGHTS:
-        cells = [weights]
-        for method in methods:
-            which = {"method": method, "weights": weights}
-            best = min(
-                (r for r in rows if which.items() <= r.items()), key=lambda r: worth(r, real)
-            )
-            cells.append(
-                f"{best['learning_rate']:g}: {best['f1']:.2f} · {best['onset_error_ms']:.0f} ms"
-            )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def rules_table(rows: list[dict]) -> str:

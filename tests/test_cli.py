@@ -97,6 +97,7 @@ def test_evaluate_hears_a_lag(tmp_path):
         (["train", "--data", "{empty}"], "syncdpo prepare"),
         (["train", "--steps", "0"], "steps: expected at least 1"),
         (["train", "--config", "{empty}/none.yaml"], "none.yaml"),
+        (["demo", "--clips", "{empty}", "--offset-spread", "0.1"], "offset-spread: expected 0"),
         (["sample", "-o", "{empty}/out", "--caption", "rain"], "caption: tiny takes no text"),
         (["sample", "-o", "{empty}/out", "--stg-scale", "0"], "stg_scale: tiny takes no text"),
         (["sample", "-o", "{empty}/out", "--frames", "9"], "frames: tiny has one clip format"),

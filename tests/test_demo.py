@@ -81,6 +81,19 @@ def test_sounds_are_written_to_pictures_that_nobody_was_trained_on(demo):
     assert not torch.equal(*(clip.audio for clip in shown))
 
 
+def test_only_training_clips_get_an_offset_each_spread_in_a_folder_of_its_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("syncdpo.demo.TRAINING_CLIPS", 1)
+    plain = DemoConfig(tmp_path, samples=1, progress=False)
+    late = replace(plain, offset_spread=0.2)
+    exact, moved = (prepare_clips(config) for config in (plain, late))
+    assert plain.latents != late.latents
+    assert torch.equal(exact.training[0]["video"], moved.training[0]["video"])
+    assert not torch.equal(exact.training[0]["audio"], moved.training[0]["audio"])
+    assert torch.equal(exact.held_out[0]["audio"], moved.held_out[0]["audio"])
+
+
 def test_one_clip_is_not_enough(demo, tmp_path):
     (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips" / "only.mp4", render_clip(0))

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from syncdpo.data.synthetic import FPS, PITCHES, SAMPLE_RATE, draw_balls, render, render_folder
+from syncdpo.data.clips import read_clip
+from syncdpo.data.synthetic import (
+    FPS,
+    PITCHES,
+    SAMPLE_RATE,
+    draw_balls,
+    draw_offset,
+    render,
+    render_folder,
+)
 
 
 def loudness(audio, window=80):
@@ -81,3 +90,16 @@ def test_folder_keeps_what_is_there(tmp_path):
     render_folder(tmp_path, range(3))
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i:06d}.mp4" for i in range(3)]
     assert (tmp_path / "000001.mp4").stat().st_mtime_ns == before
+
+
+def test_offsets_of_a_folder_are_those_that_were_drawn(tmp_path):
+    offsets = torch.tensor([draw_offset(seed, 0.06) for seed in range(512)])
+    assert offsets.mean().abs() < 0.01  # four standard errors
+    assert 0.052 < offsets.std() < 0.068
+    assert draw_offset(3, 0.0) == 0
+    render_folder(tmp_path, range(2), offset_spread=0.2)
+    for seed in range(2):
+        clip, plain = read_clip(tmp_path / f"{seed:06d}.mp4"), render(seed).clip
+        late = render(seed, offset=draw_offset(seed, 0.2)).clip
+        wrong, right = ((clip.audio - x.audio).square().mean() for x in (plain, late))
+        assert right < 0.05 * wrong

@@ -122,7 +122,7 @@ def render_clip(seed: int) -> Clip:
 
 
 def draw_offset(seed: int, spread: float) -> float:
-    """Seconds by which a recording's sound is late: spread · N(0, 1), a function of the seed."""
+    """Seconds by which a clip's sound is late: spread · N(0, 1), a function of the seed."""
     generator = torch.Generator().manual_seed(seed + OFFSET_SEED)
     return spread * torch.randn((), generator=generator).item()
 

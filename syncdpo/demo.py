@@ -104,6 +104,7 @@ class Samples(NamedTuple):
 
 def run(config: DemoConfig) -> dict:
     """Train, sample, measure; write report.html and report.json, and return the latter."""
+    claim_output(config)
     clips = prepare_clips(config)
     rows, sampled, logs = [], {}, {}
 
@@ -126,6 +127,23 @@ def run(config: DemoConfig) -> dict:
     write_atomic(config.output / "report.json", json.dumps(report, indent=2).encode())
     write_report(config.output / "report.html", report, sampled, logs)
     return report
+
+
+def claim_output(config: DemoConfig) -> None:
+    """Keep a folder to one kind of clips: what was trained on others would be taken for done.
+
+    Raises ValueError where `output` holds a demonstration on other clips.
+    """
+    clips = str(config.clips.resolve()) if config.clips else None
+    source = {"clips": clips, "offset_spread": config.offset_spread}
+    path = config.output / "source.json"
+    if path.exists() and json.loads(path.read_text()) != source:
+        raise ValueError(
+            f"output: {config.output} holds a demonstration on other clips; remove it, or choose "
+            f"another folder"
+        )
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(source).encode())
 
 
 def equal_time(steps: int, rows: list[dict]) -> int:

@@ -51,6 +51,12 @@ def test_a_second_run_repeats_no_training_and_finds_the_same(demo):
     assert run(demo[0])["rows"] == demo[1]["rows"]
 
 
+def test_a_folder_takes_no_other_clips(demo):
+    for other in (replace(demo[0], clips=None), replace(demo[0], offset_spread=0.1)):
+        with pytest.raises(ValueError, match=r"output: .* holds a demonstration on other clips"):
+            run(other)
+
+
 def test_real_clips_are_in_step(demo):
     assert demo[1]["real"]["f1"] > 0.9
     assert demo[1]["real"]["onset_error_ms"] < 30

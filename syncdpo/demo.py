@@ -30,6 +30,7 @@ from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 
 TRAINING_CLIPS = 256
+SOURCE = "source.json"  # in the output folder
 # First seeds of the rendered pictures that want a sound; learning rates are chosen on "validation".
 HELD_OUT = {"validation": 1_000_000, "report": 3_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
@@ -104,8 +105,9 @@ class Samples(NamedTuple):
 
 def run(config: DemoConfig) -> dict:
     """Train, sample, measure; write report.html and report.json, and return the latter."""
-    claim_output(config)
+    check_output(config)
     clips = prepare_clips(config)
+    write_atomic(config.output / SOURCE, json.dumps(source(config)).encode())
     rows, sampled, logs = [], {}, {}
 
     def measure(method: str, result: dict | None = None) -> None:
@@ -129,21 +131,23 @@ def run(config: DemoConfig) -> dict:
     return report
 
 
-def claim_output(config: DemoConfig) -> None:
+def source(config: DemoConfig) -> dict:
+    """What tells one kind of training clips from another."""
+    clips = str(config.clips.resolve()) if config.clips else None
+    return {"clips": clips, "offset_spread": config.offset_spread}
+
+
+def check_output(config: DemoConfig) -> None:
     """Keep a folder to one kind of clips: what was trained on others would be taken for done.
 
     Raises ValueError where `output` holds a demonstration on other clips.
     """
-    clips = str(config.clips.resolve()) if config.clips else None
-    source = {"clips": clips, "offset_spread": config.offset_spread}
-    path = config.output / "source.json"
-    if path.exists() and json.loads(path.read_text()) != source:
+    path = config.output / SOURCE
+    if path.exists() and json.loads(path.read_text()) != source(config):
         raise ValueError(
             f"output: {config.output} holds a demonstration on other clips; remove it, or choose "
             f"another folder"
         )
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(source).encode())
 
 
 def equal_time(steps: int, rows: list[dict]) -> int:

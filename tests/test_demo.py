@@ -104,8 +104,10 @@ def test_one_clip_is_not_enough(demo, tmp_path):
     (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips" / "only.mp4", render_clip(0))
     config = replace(demo[0], output=tmp_path / "out", clips=tmp_path / "clips")
-    with pytest.raises(ValueError, match=r"clips: expected two .* got 1 in"):
-        run(config)
+    for _ in range(2):  # and claims no folder
+        with pytest.raises(ValueError, match=r"clips: expected two .* got 1 in"):
+            run(config)
+    assert not (config.output / "source.json").exists()
 
 
 def test_page_needs_nothing_beside_it(demo):

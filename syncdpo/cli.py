@@ -30,6 +30,12 @@ Steps = Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncD
 Samples = Annotated[int, typer.Option(min=1, help="Clips measured after each training.")]
 Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Trials side by side, one thread each.")]
+OffsetSpread = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="SECONDS", help="Spread (σ) of the training clips' A/V offset; default 0.06."
+    ),
+]
 Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
 Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
@@ -54,18 +60,15 @@ def demo(
     steps: Steps = 60,
     samples: Samples = 128,
     seed: Seed = 0,
-    offset_spread: Annotated[
-        float,
-        typer.Option(min=0, help="Standard deviation of rendered clips' A/V offset, in seconds."),
-    ] = 0.0,
+    offset_spread: OffsetSpread = None,
 ) -> None:
     """Watch a small generator learn to keep time: minutes on two CPU cores, no downloads."""
     from syncdpo.demo import DemoConfig, format_table, run
 
     if clips and offset_spread:
         raise ValueError("offset-spread: expected 0 with your own clips, which stay as they are")
-    config = DemoConfig(output, clips, steps, samples, seed=seed, offset_spread=offset_spread)
-    report = run(config)
+    spread = _given({"offset_spread": offset_spread})
+    report = run(DemoConfig(output, clips, steps, samples, seed=seed, **spread))
     typer.echo(format_table(report))
     typer.echo(f"\nOpen {output / 'report.html'}")
 
@@ -73,20 +76,25 @@ def demo(
 @app.command()
 def tune(
     output: Output = Path("runs/tune"),
-    result: Result = Path("benchmarks/results/learning-rates.json"),
+    result: Result = Path("benchmarks/results/tune.json"),
     steps: Steps = 60,
     samples: Samples = 64,
     jobs: Jobs = 2,
-    seed: Seed = 0,
+    offset_spread: OffsetSpread = None,
 ) -> None:
-    """Find each method's learning rate for the demo, on noise that the demo never measures on."""
+    """Find each method's weights and learning rate, on noise that the demo never measures on."""
     from syncdpo.demo import DemoConfig
-    from syncdpo.trials import tune_learning_rates
+    from syncdpo.trials import tune as find
 
     config = DemoConfig(
-        output, steps=steps, samples=samples, seed=seed, purpose="validation", progress=False
+        output,
+        steps=steps,
+        samples=samples,
+        purpose="validation",
+        progress=False,
+        **_given({"offset_spread": offset_spread}),
     )
-    tune_learning_rates(config, result, jobs)
+    typer.echo(find(config, result, jobs))
 
 
 @app.command()
@@ -101,7 +109,14 @@ def compare_rules(
     from syncdpo.demo import DemoConfig
     from syncdpo.trials import compare_rules as compare
 
-    config = DemoConfig(output, steps=steps, samples=samples, purpose="validation", progress=False)
+    config = DemoConfig(
+        output,
+        steps=steps,
+        samples=samples,
+        purpose="validation",
+        offset_spread=0.0,
+        progress=False,
+    )
     typer.echo(compare(config, result, jobs))
 
 

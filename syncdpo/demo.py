@@ -1,8 +1,9 @@
 """The demonstration: clips → latents → SFT and SyncDPO from one base → clips → figures → report.
 
-Each model is asked for clips of its own, and for the sound of pictures that none was trained on.
-Everything is measured on mp4 files, by what is seen and heard in them. Learning rates come from
-`syncdpo.trials`, which measure on other noise and other pictures than `run` does.
+Each model is asked for the sound of pictures that none was trained on, and for clips of its own.
+Everything is measured on mp4 files, by what is seen and heard in them. Which weights a method
+trains, and its learning rate, come from `syncdpo.trials`, which measure on other noise and other
+pictures than `run` does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,30 +32,34 @@ from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 
 TRAINING_CLIPS = 256
-SOURCE = "source.json"  # in the output folder
-# First seeds of the rendered pictures that want a sound; learning rates are chosen on "validation".
-HELD_OUT = {"validation": 1_000_000, "report": 3_000_000}
+# Standard deviation, in seconds, of the sound's offset in the clips that are trained on: no footage
+# is in step to the millisecond. 93 % of them are what ITU-R BT.1359 calls acceptable.
+OFFSET_SPREAD = 0.06
+# First seeds of the rendered pictures that want a sound; settings are chosen on "validation".
+HELD_OUT = {"validation": 1_000_000, "test": 5_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
-HELD_OUT_FIGURES = (
-    "f1",
-    "onset_error_ms",
-    "onset_error_median_ms",
-    "offset_spread_ms",
-    "events_per_clip",
-)
-# As LTX-2 is post-trained, by a LoRA; on the sound's half, so that the picture's weights stay.
-RECIPE = {"lora_rank": 16, "trained": "audio"}
-# Each method's best of `make tune`.
-LEARNING_RATE = {"sft": 1e-2, "syncdpo": 3e-2, "sft-equal-time": 4e-2}
+OWN_FIGURES = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip", "seen_per_clip")
+# What may be trained: the weights themselves or a LoRA, of everything or of the sound's half.
+WEIGHTS = {
+    "all": {"lora_rank": 0, "trained": "both"},
+    "sound's half": {"lora_rank": 0, "trained": "audio"},
+    "LoRA": {"lora_rank": 16, "trained": "both"},
+    "LoRA of the sound's half": {"lora_rank": 16, "trained": "audio"},
+}
+# Each method's best weights and learning rate, of `make tune`.
+CHOSEN = {
+    "sft": ("all", 4e-3),
+    "syncdpo": ("sound's half", 1.6e-2),
+    "sft-equal-time": ("all", 8e-3),
+}
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Settings of the demonstration. `clips`: a folder of the user's own instead of rendered ones.
 
-    `purpose` names the pictures and the noise that samples start from. `offset_spread`: standard
-    deviation, in seconds, of the sound's offset in rendered training clips; what is given and
-    measured against is exactly in step.
+    `purpose` names the pictures and the noise that samples start from; `offset_spread` is that of
+    rendered training clips. What is given and measured against is exactly in step.
     """
 
     output: Path = Path("runs/demo")
@@ -62,22 +68,22 @@ class DemoConfig:
     samples: int = 128
     sampling_steps: int = 40
     seed: int = 0
-    purpose: str = "report"
-    offset_spread: float = 0.0
+    purpose: str = "test"
+    offset_spread: float = OFFSET_SPREAD
     progress: bool = True
 
     @property
-    def clips_folder(self) -> Path:
-        """What is trained on: the user's clips, or rendered ones, a folder for each spread."""
-        return self.clips or self.output / f"clips{self._spread}"
+    def work(self) -> Path:
+        """All but the report, apart for each kind of training clips and each seed: what was
+        trained on others must not be taken for done."""
+        kind = f"rendered-{1000 * self.offset_spread:g}ms"
+        if self.clips:
+            kind = f"{self.clips.name}-{sha256(bytes(self.clips.resolve())).hexdigest()[:8]}"
+        return self.output / f"{kind}-seed-{self.seed}"
 
     @property
     def latents(self) -> Path:
-        return self.output / f"latents{self._spread}"
-
-    @property
-    def _spread(self) -> str:
-        return f"-offset-{1000 * self.offset_spread:g}ms" if self.offset_spread else ""
+        return self.work / "latents"
 
 
 @dataclass(frozen=True)
@@ -97,33 +103,30 @@ class Sampled:
 
 
 class Samples(NamedTuple):
-    """Of one method: clips of its own, and held-out pictures with its sound."""
+    """Of one method: given pictures with its sound, and clips of its own."""
 
-    clips: Sampled
-    held_out: Sampled
+    given: Sampled
+    own: Sampled
 
 
 def run(config: DemoConfig) -> dict:
     """Train, sample, measure; write report.html and report.json, and return the latter."""
-    check_output(config)
     clips = prepare_clips(config)
-    write_atomic(config.output / SOURCE, json.dumps(source(config)).encode())
     rows, sampled, logs = [], {}, {}
 
     def measure(method: str, result: dict | None = None) -> None:
-        sampled[method] = Samples(sample(config, method), add_sound(config, method, clips))
+        sampled[method] = sample_both(config, method, clips)
         rows.append(row(method, sampled[method], result))
 
     measure("base")
-    for method, learning_rate in LEARNING_RATE.items():
+    for method in CHOSEN:
         steps = config.steps
         if method == "sft-equal-time":
             steps = equal_time(config.steps, rows)
-        settings = {"steps": steps, "learning_rate": learning_rate}
-        settings["method"] = "syncdpo" if method == "syncdpo" else "sft"
-        result = train_method(config, method, clips, **settings)
-        logs[method] = read_log(config.output / method)
+        result = train_method(config, method, clips, steps=steps, **chosen(method))
+        logs[method] = read_log(config.work / method)
         measure(method, result)
+        rows[-1]["weights"] = CHOSEN[method][0]
     rows.sort(key=lambda r: list(LABELS).index(r["method"]))
     report = {"rows": rows, "real": real_clips(clips), "settings": describe(config, clips)}
     write_atomic(config.output / "report.json", json.dumps(report, indent=2).encode())
@@ -131,23 +134,11 @@ def run(config: DemoConfig) -> dict:
     return report
 
 
-def source(config: DemoConfig) -> dict:
-    """What tells one kind of training clips from another."""
-    clips = str(config.clips.resolve()) if config.clips else None
-    return {"clips": clips, "offset_spread": config.offset_spread}
-
-
-def check_output(config: DemoConfig) -> None:
-    """Keep a folder to one kind of clips: what was trained on others would be taken for done.
-
-    Raises ValueError where `output` holds a demonstration on other clips.
-    """
-    path = config.output / SOURCE
-    if path.exists() and json.loads(path.read_text()) != source(config):
-        raise ValueError(
-            f"output: {config.output} holds a demonstration on other clips; remove it, or choose "
-            f"another folder"
-        )
+def chosen(method: str) -> dict:
+    """How a method of the table trains, as `TrainConfig` has it."""
+    weights, learning_rate = CHOSEN[method]
+    objective = "syncdpo" if method == "syncdpo" else "sft"
+    return WEIGHTS[weights] | {"method": objective, "learning_rate": learning_rate}
 
 
 def equal_time(steps: int, rows: list[dict]) -> int:
@@ -169,14 +160,16 @@ def prepare_clips(config: DemoConfig) -> Clips:
         first = HELD_OUT[config.purpose] + 1000 * config.seed
         seeds = range(TRAINING_CLIPS * config.seed, TRAINING_CLIPS * (config.seed + 1))
         pictures = range(first, first + config.samples)
-        latents = config.output / "held-out-latents"
-        held_out = render(config, pictures, config.output / "held-out", latents)
+        latents = config.work / "held-out-latents"
+        held_out = render(config, pictures, config.work / "held-out", latents)
         # An earlier run in this folder may have left more of them.
         held_out = Subset(held_out, range(config.samples))
         spread = config.offset_spread
-        training = render(config, seeds, config.clips_folder, config.latents, offset_spread=spread)
+        training = render(
+            config, seeds, config.work / "clips", config.latents, offset_spread=spread
+        )
         return Clips(training, held_out)
-    latents = encode(config, config.clips_folder, config.latents)
+    latents = encode(config, config.clips, config.latents)
     if len(latents) < 2:
         raise ValueError(
             f"clips: expected two that can be used at least, one to train on and one to measure "
@@ -205,15 +198,19 @@ def encode(config: DemoConfig, clips: Path, latents: Path) -> Dataset:
 
 
 def train_method(config: DemoConfig, name: str, clips: Clips, **settings) -> dict:
-    """One training from the base, into `output`/`name`; the result of `train`."""
+    """One training from the base, into `work`/`name`; the result of `train`."""
     run = TrainConfig(
         data=str(config.latents),
-        output=str(config.output / name),
+        output=str(config.work / name),
         seed=config.seed,
         resume=True,  # the same command goes on where it was stopped, and repeats no training
-        **RECIPE | settings,
+        **settings,
     )
     return train(run, data=clips.training, progress=config.progress)
+
+
+def sample_both(config: DemoConfig, method: str, clips: Clips) -> Samples:
+    return Samples(add_sound(config, method, clips), sample(config, method))
 
 
 def add_sound(config: DemoConfig, method: str, clips: Clips) -> Sampled:
@@ -228,11 +225,11 @@ def sample(
     """Generate clips, write them as mp4, and measure what comes back from the files."""
     model = load_model("tiny")
     if method != "base":
-        model.load_weights(config.output / method)
+        model.load_weights(config.work / method)
     seeds = noise_seeds(count or config.samples, config.seed, config.purpose)
     clips = generate(
         model,
-        config.output / "samples" / method / kind,
+        config.work / "samples" / method / kind,
         seeds,
         steps=config.sampling_steps,
         progress=config.progress,
@@ -244,11 +241,11 @@ def sample(
 
 
 def row(method: str, sampled: Samples, result: dict | None = None) -> dict:
-    """A line of the table: the model's own clips, and `held_out_…`: its sound to given pictures."""
+    """A line of the table: the sound for given pictures, and `own_…`: the model's own clips."""
     training = {k: (result or {}).get(k, 0) for k in ("steps", "seconds", "cpu_seconds")}
-    held_out = summarise(sampled.held_out.metrics)
-    given = {f"held_out_{k}": held_out[k] for k in HELD_OUT_FIGURES}
-    return {"method": method} | summarise(sampled.clips.metrics) | given | training
+    own = summarise(sampled.own.metrics)
+    own = {f"own_{key}": own[key] for key in OWN_FIGURES}
+    return {"method": method} | summarise(sampled.given.metrics) | own | training
 
 
 def real_clips(clips: Clips) -> dict:
@@ -265,10 +262,10 @@ def describe(config: DemoConfig, clips: Clips) -> dict:
         "steps": config.steps,
         "samples": config.samples,
         "sampling_steps": config.sampling_steps,
-        **RECIPE,
-        "learning_rate": LEARNING_RATE,
+        "weights": {method: weights for method, (weights, _) in CHOSEN.items()},
+        "learning_rate": {method: rate for method, (_, rate) in CHOSEN.items()},
         "clips": str(config.clips or "rendered"),
-        "offset_spread": config.offset_spread,
+        "offset_spread": None if config.clips else config.offset_spread,
         "training_clips": len(clips.training),
         "held_out_clips": len(clips.held_out),
     }
@@ -281,12 +278,16 @@ def format_table(report: dict) -> str:
 
 def format_row(row: dict) -> str:
     """One line: what every row has in common; figures that there are none of stay empty."""
-    f1, error = (
-        "  — " if row[key] is None else form.format(row[key])
-        for key, form in (("f1", "{:.2f}"), ("onset_error_ms", "{:4.0f}"))
-    )
     return (
-        f"{row['method']:<15} F1 {f1}   onset error {error} ms   "
-        f"{row['events_per_clip']:.2f} sounds per clip   {row['steps']:4d} steps, "
+        f"{row['method']:<15} {_figures(row)}   {row['events_per_clip']:.2f} sounds per clip   "
+        f"own clips: {_figures(row, 'own_')}   {row['steps']:4d} steps, "
         f"{row['cpu_seconds']:4.0f} s of CPU"
+    )
+
+
+def _figures(row: dict, prefix: str = "") -> str:
+    f1, error = row[f"{prefix}f1"], row[f"{prefix}onset_error_ms"]
+    return (
+        f"F1 {'  — ' if f1 is None else format(f1, '.2f')}, "
+        f"{'  — ' if error is None else format(error, '4.0f')} ms"
     )

@@ -1,95 +1,188 @@
-"""Trials behind the demonstration's settings: learning rates, and what each rule teaches.
+"""Trials behind the demonstration's settings: weights, learning rates, and what each rule teaches.
 
-What is measured starts from other noise than the demonstration's, and shows other pictures where
-they are given: nothing is chosen on what is reported there. Trials run in `jobs` processes of one
-thread, side by side; what each measured is kept in the output folder, from where the same command
-goes on, and all goes to `result` at the end.
+What is measured starts from other noise than the demonstration's and shows other pictures: nothing
+is chosen on what is reported there. Trials run in `jobs` processes of one thread, side by side;
+what each measured is kept in the output folder, from where the same command goes on, and all goes
+to `result` at the end.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import (
-    LEARNING_RATE,
-    RECIPE,
+    WEIGHTS,
     Clips,
     DemoConfig,
-    Samples,
-    add_sound,
     equal_time,
     format_row,
     prepare_clips,
     real_clips,
     row,
-    sample,
+    sample_both,
     train_method,
 )
+from syncdpo.report import LABELS
 
-LEARNING_RATES = (1e-2, 2e-2, 3e-2, 4e-2, 6e-2)
+# Half octaves. A search begins with every second one from the first to the last of these, and goes
+# on until its best has neighbours on both sides.
+LEARNING_RATES = tuple(float(f"{1e-3 * 2 ** (k / 2):.1e}") for k in range(16))  # to 0.18
+BEGIN = {0: (4, 6, 8), 16: (6, 8, 10)}  # places in LEARNING_RATES, by LoRA rank
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
+RULES_WEIGHTS, RULES_RATE = "LoRA of the sound's half", 3e-2
 SEEDS = 3
+FIGURES = ("f1", "onset_error_ms", "events_per_clip", "own_f1", "own_onset_error_ms")
+
+
+class Ground(NamedTuple):
+    """What trials of one seed share: its clips, and what is heard in those that are held out."""
+
+    config: DemoConfig
+    clips: Clips
+    real: dict
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training and its name; `settings` as `TrainConfig` has them."""
+    """One training and its name; `settings` as `TrainConfig` has them, `weights` of `WEIGHTS`."""
 
-    config: DemoConfig
-    clips: Clips
+    ground: Ground
     name: str
     method: str
     settings: dict
+    weights: str
 
     @property
     def asked(self) -> dict:
         """What tells its row from those of other trials, and of the same with other settings."""
-        run = {"name": self.name, "seed": self.config.seed, "samples": self.config.samples}
-        return RECIPE | self.settings | {"method": self.method} | run
+        keys = ("seed", "samples", "sampling_steps", "offset_spread")
+        run = {"name": self.name} | {k: getattr(self.ground.config, k) for k in keys}
+        return self.settings | {"method": self.method, "weights": self.weights} | run
 
     def run(self) -> dict:
-        result = train_method(self.config, self.name, self.clips, **self.settings)
-        clips = sample(self.config, self.name)
-        held_out = add_sound(self.config, self.name, self.clips)
-        return self.asked | row(self.method, Samples(clips, held_out), result)
+        config, clips, real = self.ground
+        result = train_method(config, self.name, clips, **self.settings)
+        measured = row(self.method, sample_both(config, self.name, clips), result)
+        return self.asked | measured | {"keeps_events": keeps_events(measured, real)}
 
 
-def tune_learning_rates(config: DemoConfig, result: Path, jobs: int) -> None:
-    """Try every learning rate for every method, SFT also at SyncDPO's time; write all to `result`.
+def tune(config: DemoConfig, result: Path, jobs: int) -> str:
+    """Find which weights each method should train, and how fast.
 
-    The best has the smallest onset error among those whose number of sounds per clip stays within
-    10 % of the real clips'.
+    Returns each method's best for each choice of weights as markdown; all trials go to `result`.
+
+    SFT and SyncDPO may both train any of `WEIGHTS`. On the first seed each is tried at learning
+    rates an octave apart, until the best has a neighbour on both sides; then the best weights'
+    best rate and the half octaves beside it are settled by the mean of `SEEDS` seeds, likewise.
+    The best has the smallest onset error, given pictures, among those whose number of sounds stays
+    within 10 % of the real clips' on every seed, or among all where none does. SFT at equal time is
+    searched for as many steps as take the time of SyncDPO's best, and SFT at equal steps settles on
+    the same weights.
     """
-    clips = prepare_clips(config)
+    grounds = prepare_grounds(config)
 
-    def trials(label: str, method: str, steps: int) -> Iterator[Trial]:
-        for rate in LEARNING_RATES:
-            settings = {"method": method, "steps": steps, "learning_rate": rate}
-            yield Trial(config, clips, f"{label}-{rate:g}", label, settings)
+    def searches(method: str, steps: dict[str, int]) -> dict[str, Search]:
+        return {w: Search(grounds[:1], method, w, n) for w, n in steps.items()}
 
-    equal_steps = [*trials("sft", "sft", config.steps), *trials("syncdpo", "syncdpo", config.steps)]
-    rows = run_trials(equal_steps, config.output, jobs)
-    steps = equal_time(config.steps, rows)
-    rows += run_trials(trials("sft-equal-time", "sft", steps), config.output, jobs)
-    real = real_clips(clips)
-    best = {}
-    for method in ("sft", "syncdpo", "sft-equal-time"):
-        kept = [r for r in rows if r["method"] == method and keeps_events(r, real)]
-        best[method] = min(kept, key=lambda r: r["onset_error_ms"])["learning_rate"]
-    write_result(result, {"best": best, "real": real, "trials": rows})
+    def settle(search: Search) -> Search:
+        search.settle(grounds)
+        run_searches([search], config.output, jobs)
+        return search
+
+    steps = dict.fromkeys(WEIGHTS, config.steps)
+    sft, syncdpo = searches("sft", steps), searches("syncdpo", steps)
+    run_searches([*sft.values(), *syncdpo.values()], config.output, jobs)
+    best = {"syncdpo": settle(min(syncdpo.values(), key=Search.worth))}
+    for weights, found in sft.items():
+        steps[weights] = equal_time(config.steps, [*found.rows, *best["syncdpo"].rows])
+    longer = searches("sft-equal-time", steps)
+    run_searches(longer.values(), config.output, jobs)
+    best["sft-equal-time"] = settle(min(longer.values(), key=Search.worth))
+    best["sft"] = settle(sft[best["sft-equal-time"].weights])
+    everything = [s for found in (sft, longer, syncdpo) for s in found.values()]
+    content = {
+        "best": {method: [s.weights, s.best["learning_rate"]] for method, s in best.items()},
+        "settled": {method: s.means() for method, s in best.items()},
+        "real": mean_row([ground.real for ground in grounds]),
+        "trials": [row for s in everything for row in s.rows],
+    }
+    write_result(result, content)
+    return weights_table(everything)
+
+
+class Search:
+    """The learning rates tried for a method and its weights, as places in `LEARNING_RATES`."""
+
+    def __init__(self, grounds: list[Ground], method: str, weights: str, steps: int):
+        self.grounds, self.method, self.weights, self.steps = grounds, method, weights, steps
+        self.places = list(BEGIN[WEIGHTS[weights]["lora_rank"]])
+        self.stride = 2
+        self.rows: list[dict] = []
+
+    def trials(self) -> list[Trial]:
+        rates = [LEARNING_RATES[place] for place in self.places]
+        return [self._trial(ground, rate) for rate in rates for ground in self.grounds]
+
+    def means(self) -> list[dict]:
+        """One row per learning rate that was tried on all grounds: the mean over them."""
+        tried = [LEARNING_RATES[place] for place in sorted(self.places)]
+        rows = [[r for r in self.rows if r["learning_rate"] == rate] for rate in tried]
+        return [mean_row(some) for some in rows if len(some) == len(self.grounds)]
+
+    @property
+    def best(self) -> dict:
+        return min(self.means(), key=worth)
+
+    def worth(self) -> tuple[bool, float]:
+        return worth(self.best)
+
+    def widen(self) -> bool:
+        """One rate more beyond the best, if it is the lowest or highest tried; False if not."""
+        place = LEARNING_RATES.index(self.best["learning_rate"])
+        beyond = [place - self.stride] if place == min(self.places) else []
+        beyond += [place + self.stride] if place == max(self.places) else []
+        further = [p for p in beyond if 0 <= p < len(LEARNING_RATES)]
+        self.places += further
+        return bool(further)
+
+    def settle(self, grounds: list[Ground]) -> None:
+        """Go on with the best and the half octaves beside it, on all grounds."""
+        place = LEARNING_RATES.index(self.best["learning_rate"])
+        self.places = [p for p in (place - 1, place, place + 1) if 0 <= p < len(LEARNING_RATES)]
+        self.grounds, self.stride = grounds, 1
+
+    def _trial(self, ground: Ground, rate: float) -> Trial:
+        settings = WEIGHTS[self.weights] | {"steps": self.steps, "learning_rate": rate}
+        settings["method"] = self.method.removesuffix("-equal-time")
+        name = f"{self.method}-{self.weights}-{rate:g}".replace(" ", "-").replace("'", "")
+        return Trial(ground, name, self.method, settings, self.weights)
+
+
+def run_searches(searches: Iterable[Search], folder: Path, jobs: int) -> None:
+    """Run all, side by side, until none wants another learning rate."""
+    open_searches = list(searches)
+    while open_searches:
+        trials = [search.trials() for search in open_searches]
+        rows = iter(run_trials([t for some in trials for t in some], folder, jobs))
+        for search, some in zip(open_searches, trials, strict=True):
+            measured = itertools.islice(rows, len(some))
+            search.rows += [row for row in measured if row not in search.rows]
+        open_searches = [search for search in open_searches if search.widen()]
 
 
 def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
@@ -97,19 +190,23 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
 
     Returns the table, as markdown; all rows go to `result`.
     """
-    training = {"steps": config.steps, "learning_rate": LEARNING_RATE["syncdpo"]}
+    training = WEIGHTS[RULES_WEIGHTS] | {"steps": config.steps, "learning_rate": RULES_RATE}
     trials = []
-    for seed in range(SEEDS):
-        there = replace(config, output=config.output / f"seed-{seed}", seed=seed)
-        clips = prepare_clips(there)
+    for ground in prepare_grounds(config):
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
             settings = {"rules": rule, "curriculum": curriculum, "matched": matched} | training
             name = f"{rule}-{curriculum}-{matched:g}"
-            trials.append(Trial(there, clips, name, "syncdpo", settings))
+            trials.append(Trial(ground, name, "syncdpo", settings, RULES_WEIGHTS))
     # One seed of all before the next: a table that was stopped is whole for the seeds it has.
     rows = run_trials(trials, config.output, jobs)
     write_result(result, {"trials": rows})
     return rules_table(rows)
+
+
+def prepare_grounds(config: DemoConfig) -> list[Ground]:
+    seeds = [replace(config, seed=seed) for seed in range(SEEDS)]
+    clips = [prepare_clips(there) for there in seeds]
+    return [Ground(*each, real_clips(each[1])) for each in zip(seeds, clips, strict=True)]
 
 
 def run_trials(trials: Iterable[Trial], folder: Path, jobs: int) -> list[dict]:
@@ -131,13 +228,52 @@ def run_trials(trials: Iterable[Trial], folder: Path, jobs: int) -> list[dict]:
     return [_row_of(trial, rows) for trial in trials]
 
 
+def mean_row(rows: list[dict]) -> dict:
+    """What rows of several seeds have in common, and the mean of what was measured on each."""
+    same = {k: v for k, v in rows[0].items() if all(r[k] == v for r in rows)}
+    kept = {"keeps_events": all(r.get("keeps_events", True) for r in rows)}
+    return same | {k: _mean([r[k] for r in rows]) for k in FIGURES if k in rows[0]} | kept
+
+
+def worth(row: dict) -> tuple[bool, float]:
+    """What trials are sorted by: who keeps its sounds comes first, then who is in step."""
+    error = row["onset_error_ms"]
+    return not row["keeps_events"], math.inf if error is None else error
+
+
 def keeps_events(row: dict, real: dict) -> bool:
     """Nobody keeps time by falling silent: sounds per clip within 10 % of the real clips'."""
     return abs(row["events_per_clip"] / real["events_per_clip"] - 1) <= 0.1
 
 
+def weights_table(searches: list[Search]) -> str:
+    """Weights × method: the best learning rate, F1 and onset error, given pictures and own clips,
+    on one seed or, where the method settled on these weights, the mean of all."""
+    methods = ("sft", "sft-equal-time", "syncdpo")
+    heads = ["weights trained", *(LABELS[method] for method in methods)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    cells = {(s.weights, s.method): _best_cell(s) for s in searches}
+    for weights in WEIGHTS:
+        lines.append(f"| {weights} | " + " | ".join(cells[weights, m] for m in methods) + " |")
+    return "\n".join(lines)
+
+
+def _best_cell(search: Search) -> str:
+    best = search.best
+    given, own = (
+        f"{best[f'{prefix}f1'] or 0:.2f}, {_or_dash(best[f'{prefix}onset_error_ms'])} ms"
+        for prefix in ("", "own_")
+    )
+    cell = f"{best['learning_rate']:g}: {given}; {own}"
+    return f"**{cell}**" if len(search.grounds) > 1 else cell
+
+
+def _or_dash(error: float | None) -> str:
+    return "—" if error is None else f"{error:.0f}"
+
+
 def rules_table(rows: list[dict]) -> str:
-    """Rule × (difficulty, matched): F1 and onset error, mean of the seeds and their range."""
+    """Rule × (difficulty, matched): F1 and onset error of own clips, the seeds' mean and range."""
     columns = list(itertools.product(CURRICULA, MATCHED))
     titles = [f"{c}, {'matched ' + format(m, 'g') if m else 'not matched'}" for c, m in columns]
     lines = ["| rule | " + " | ".join(titles) + " |", "|---" * (1 + len(columns)) + "|"]
@@ -146,9 +282,8 @@ def rules_table(rows: list[dict]) -> str:
         for curriculum, matched in columns:
             here = {"rules": rule, "curriculum": curriculum, "matched": matched}
             found = [r for r in rows if here.items() <= r.items()]
-            cells.append(
-                f"{_spread(found, 'f1', '.2f')} · {_spread(found, 'onset_error_ms', '.0f')} ms"
-            )
+            f1, error = _spread(found, "own_f1", ".2f"), _spread(found, "own_onset_error_ms", ".0f")
+            cells.append(f"{f1} · {error} ms")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -156,6 +291,10 @@ def rules_table(rows: list[dict]) -> str:
 def write_result(result: Path, content: dict) -> None:
     result.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(result, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else statistics.mean(values)
 
 
 def _row_of(trial: Trial, rows: list[dict]) -> dict | None:

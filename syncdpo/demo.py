@@ -48,9 +48,9 @@ WEIGHTS = {
 }
 # Each method's best weights and learning rate, of `make tune`.
 CHOSEN = {
-    "sft": ("all", 4e-3),
-    "syncdpo": ("sound's half", 1.6e-2),
-    "sft-equal-time": ("all", 8e-3),
+    "sft": ("sound's half", 1.6e-2),
+    "syncdpo": ("sound's half", 8e-3),
+    "sft-equal-time": ("sound's half", 1.6e-2),
 }
 
 

@@ -224,7 +224,7 @@ def run_trials(trials: Iterable[Trial], folder: Path, jobs: int) -> list[dict]:
             measured = future.result()
             rows.append(measured)
             write_result(kept, {"trials": rows})
-            tqdm.write(f"{measured['name']:<28}{format_row(measured)}")
+            tqdm.write(f"{measured['name']:<44}{format_row(measured)}")
     return [_row_of(trial, rows) for trial in trials]
 
 

@@ -109,14 +109,7 @@ def compare_rules(
     from syncdpo.demo import DemoConfig
     from syncdpo.trials import compare_rules as compare
 
-    config = DemoConfig(
-        output,
-        steps=steps,
-        samples=samples,
-        purpose="validation",
-        offset_spread=0.0,
-        progress=False,
-    )
+    config = DemoConfig(output, steps=steps, samples=samples, purpose="validation", progress=False)
     typer.echo(compare(config, result, jobs))
 
 

@@ -277,17 +277,18 @@ def format_table(report: dict) -> str:
 
 
 def format_row(row: dict) -> str:
-    """One line: what every row has in common; figures that there are none of stay empty."""
+    """One line: what every row has in common."""
+    given, own = (
+        f"F1 {f1:>4}, {error:>4} ms" for f1, error in (figures(row), figures(row, "own_"))
+    )
     return (
-        f"{row['method']:<15} {_figures(row)}   {row['events_per_clip']:.2f} sounds per clip   "
-        f"own clips: {_figures(row, 'own_')}   {row['steps']:4d} steps, "
-        f"{row['cpu_seconds']:4.0f} s of CPU"
+        f"{row['method']:<15} {given}   {row['events_per_clip']:.2f} sounds per clip   "
+        f"own clips: {own}   {row['steps']:4d} steps, {row['cpu_seconds']:4.0f} s of CPU"
     )
 
 
-def _figures(row: dict, prefix: str = "") -> str:
-    f1, error = row[f"{prefix}f1"], row[f"{prefix}onset_error_ms"]
-    return (
-        f"F1 {'  — ' if f1 is None else format(f1, '.2f')}, "
-        f"{'  — ' if error is None else format(error, '4.0f')} ms"
-    )
+def figures(row: dict, prefix: str = "") -> tuple[str, str]:
+    """F1 and mean onset error of a row as text; a dash where there is none."""
+    named = ((f"{prefix}f1", ".2f"), (f"{prefix}onset_error_ms", ".0f"))
+    f1, error = ("—" if row[key] is None else format(row[key], form) for key, form in named)
+    return f1, error

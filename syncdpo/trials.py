@@ -28,6 +28,7 @@ from syncdpo.demo import (
     Clips,
     DemoConfig,
     equal_time,
+    figures,
     format_row,
     prepare_clips,
     real_clips,
@@ -44,6 +45,7 @@ BEGIN = {0: (4, 6, 8), 16: (6, 8, 10)}  # places in LEARNING_RATES, by LoRA rank
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
+# Rules are compared on clips exactly in step, at the rate that is best for these weights there.
 RULES_WEIGHTS, RULES_RATE = "LoRA of the sound's half", 3e-2
 SEEDS = 3
 FIGURES = ("f1", "onset_error_ms", "events_per_clip", "own_f1", "own_onset_error_ms")
@@ -139,10 +141,9 @@ class Search:
         return [self._trial(ground, rate) for rate in rates for ground in self.grounds]
 
     def means(self) -> list[dict]:
-        """One row per learning rate that was tried on all grounds: the mean over them."""
+        """One row per learning rate that is tried: the mean over the grounds."""
         tried = [LEARNING_RATES[place] for place in sorted(self.places)]
-        rows = [[r for r in self.rows if r["learning_rate"] == rate] for rate in tried]
-        return [mean_row(some) for some in rows if len(some) == len(self.grounds)]
+        return [mean_row([r for r in self.rows if r["learning_rate"] == rate]) for rate in tried]
 
     @property
     def best(self) -> dict:
@@ -192,7 +193,7 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
     """
     training = WEIGHTS[RULES_WEIGHTS] | {"steps": config.steps, "learning_rate": RULES_RATE}
     trials = []
-    for ground in prepare_grounds(config):
+    for ground in prepare_grounds(replace(config, offset_spread=0.0)):
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
             settings = {"rules": rule, "curriculum": curriculum, "matched": matched} | training
             name = f"{rule}-{curriculum}-{matched:g}"
@@ -260,16 +261,9 @@ def weights_table(searches: list[Search]) -> str:
 
 def _best_cell(search: Search) -> str:
     best = search.best
-    given, own = (
-        f"{best[f'{prefix}f1'] or 0:.2f}, {_or_dash(best[f'{prefix}onset_error_ms'])} ms"
-        for prefix in ("", "own_")
-    )
+    given, own = (f"{f1}, {error} ms" for f1, error in (figures(best), figures(best, "own_")))
     cell = f"{best['learning_rate']:g}: {given}; {own}"
     return f"**{cell}**" if len(search.grounds) > 1 else cell
-
-
-def _or_dash(error: float | None) -> str:
-    return "—" if error is None else f"{error:.0f}"
 
 
 def rules_table(rows: list[dict]) -> str:

@@ -23,7 +23,7 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: $(READY)  ## Train SFT and SyncDPO, measure, report; CLIPS=folder for your own clips
 	$(BIN)/syncdpo demo --output runs/demo $(if $(CLIPS),--clips '$(CLIPS)')
 
-tune: $(READY)  ## Find each method's learning rate for the demo
+tune: $(READY)  ## Find each method's weights and learning rate for the demo
 	$(BIN)/syncdpo tune
 
 rules: $(READY)  ## Compare the rules on three seeds

@@ -46,6 +46,9 @@ WEIGHTS = {
     "LoRA": {"lora_rank": 16, "trained": "both"},
     "LoRA of the sound's half": {"lora_rank": 16, "trained": "audio"},
 }
+# Picture and sound have noise levels of their own in training: so the sound learns to follow a
+# picture that is clearer than itself, too. `matched` is what suits SyncDPO best here.
+TRAINING = {"sft": {"sigma": "separate"}, "syncdpo": {"sigma": "separate", "matched": 0.75}}
 # Each method's best weights and learning rate, of `make tune`.
 CHOSEN = {
     "sft": ("sound's half", 1.6e-2),
@@ -137,8 +140,13 @@ def run(config: DemoConfig) -> dict:
 def chosen(method: str) -> dict:
     """How a method of the table trains, as `TrainConfig` has it."""
     weights, learning_rate = CHOSEN[method]
-    objective = "syncdpo" if method == "syncdpo" else "sft"
-    return WEIGHTS[weights] | {"method": objective, "learning_rate": learning_rate}
+    return training(method) | WEIGHTS[weights] | {"learning_rate": learning_rate}
+
+
+def training(method: str) -> dict:
+    """What all trainings of a method of the table have in common, as `TrainConfig` has it."""
+    objective = method.removesuffix("-equal-time")
+    return {"method": objective} | TRAINING[objective]
 
 
 def equal_time(steps: int, rows: list[dict]) -> int:
@@ -262,6 +270,7 @@ def describe(config: DemoConfig, clips: Clips) -> dict:
         "steps": config.steps,
         "samples": config.samples,
         "sampling_steps": config.sampling_steps,
+        "training": TRAINING,
         "weights": {method: weights for method, (weights, _) in CHOSEN.items()},
         "learning_rate": {method: rate for method, (_, rate) in CHOSEN.items()},
         "clips": str(config.clips or "rendered"),

@@ -30,6 +30,7 @@ GAP = 0.08  # s; two events of one stream are at least this far apart
 SPAN = 1.0  # s to either side that an event must stand out in
 
 # Pictures
+BLIND = 1.5  # pictures at the beginning in which no event can be seen: it has nothing to rise from
 GRID = 16  # cells per side; smaller detail is texture and noise
 RISE = 0.25  # weight of motion that quickens, against light that changes
 PICTURE_FLOOR, PICTURE_RATIO, PICTURE_CONTRAST = 5e-4, 0.33, 2.5
@@ -134,11 +135,15 @@ def match_events(
 
 @dataclass(frozen=True, eq=False)
 class ClipMetrics:
-    """What was seen and heard in one clip; times in seconds, float64, ascending."""
+    """What was seen and heard in one clip; times in seconds, float64, ascending.
+
+    blind: seconds from the beginning in which nothing could have been seen.
+    """
 
     seen: np.ndarray
     heard: np.ndarray
     seconds: float
+    blind: float = 0.0
 
     @cached_property
     def errors(self) -> np.ndarray:
@@ -155,8 +160,15 @@ class ClipMetrics:
         pairs = match_events(self.seen, self.heard, OFFSET)
         return np.array([self.heard[j] - self.seen[i] for i, j in pairs])
 
-    def hits(self, window: tuple[float, float]) -> int:
-        return len(match_events(self.seen, self.heard, window))
+    def score(self, window: tuple[float, float]) -> tuple[int, int]:
+        """(pairs, events): F1 = 2 · pairs / events.
+
+        A sound within `blind` that has no partner is not counted: what made it may well be there.
+        """
+        pairs = match_events(self.seen, self.heard, window)
+        early = int((self.heard < self.blind).sum())
+        unjudged = early - sum(self.heard[j] < self.blind for _, j in pairs)
+        return len(pairs), len(self.seen) + len(self.heard) - int(unjudged)
 
 
 def clip_metrics(clip: Clip) -> ClipMetrics:
@@ -164,6 +176,7 @@ def clip_metrics(clip: Clip) -> ClipMetrics:
         picture_events(clip.video, clip.fps),
         sound_events(clip.audio, clip.sample_rate),
         len(clip.video) / clip.fps,
+        BLIND / clip.fps,
     )
 
 
@@ -171,7 +184,8 @@ def summarise(metrics: Sequence[ClipMetrics]) -> dict[str, float | int | None]:
     """One row of a report; events are pooled over clips, so a clip weighs as much as happens in it.
 
     f1, f1_undetectable: 2 · pairs / (visible + audible events), paired one-to-one within ITU-R
-        BT.1359's acceptable and undetectable windows; None where there are no events at all.
+        BT.1359's acceptable and undetectable windows (see `ClipMetrics.score` for what is counted);
+        None where there are no events at all.
     onset_error_ms, onset_error_median_ms: over visible events, |Δ| to the nearest audible one (see
         `ClipMetrics.errors`); None where nothing is seen.
     offset_ms: signed mean over pairs within ±250 ms; positive: sound is late; None without pairs.
@@ -188,7 +202,9 @@ def summarise(metrics: Sequence[ClipMetrics]) -> dict[str, float | int | None]:
     of_clips = [1e3 * m.offsets.mean() for m in metrics if len(m.offsets)]
 
     def f1(window):
-        return 2 * sum(m.hits(window) for m in metrics) / (seen + heard) if seen + heard else None
+        scores = [m.score(window) for m in metrics]
+        pairs, events = sum(p for p, _ in scores), sum(e for _, e in scores)
+        return 2 * pairs / events if events else None
 
     return {
         "f1": f1(ACCEPTABLE),

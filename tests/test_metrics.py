@@ -223,6 +223,25 @@ def test_summary_of_known_events():
     })  # fmt: skip
 
 
+def test_a_sound_while_nothing_can_be_seen_counts_only_with_a_partner():
+    early, partner = np.array([0.03, 0.5]), np.array([0.07, 0.5])
+
+    def f1(seen, blind):
+        return summarise([ClipMetrics(seen, early, 2.0, blind)])["f1"]
+
+    assert f1(np.array([0.5]), 0.0) == pytest.approx(2 / 3)
+    assert f1(np.array([0.5]), 0.06) == 1  # neither right nor wrong
+    assert f1(partner, 0.06) == 1  # one pair more
+    assert f1(np.array([]), 0.06) == 0  # the one at 0.5 s is wrong still
+    assert summarise([ClipMetrics(np.array([]), early[:1], 2.0, 0.06)])["f1"] is None
+
+
+def test_no_event_is_seen_while_blind():
+    for seed in range(40):
+        metrics = clip_metrics(render(seed).clip)
+        assert (metrics.seen >= metrics.blind).all()
+
+
 def test_summary_of_nothing():
     nothing = ClipMetrics(np.array([]), np.array([]), 2.0)
     report = summarise([nothing])

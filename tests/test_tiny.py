@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from syncdpo import ops
 from syncdpo.data.synthetic import render
 from syncdpo.models import codec, load_model
-from syncdpo.models.tiny import BASE, Tiny
+from syncdpo.models.tiny import BASE, SHIFT, Tiny, sampling_sigmas
 
 
 @pytest.fixture
@@ -63,6 +63,13 @@ def test_sample_is_a_function_of_each_seed(model):
     alone = model.sample(model.transformer, {}, seeds[1:2], steps=2)
     for x, y in zip(together, alone, strict=True):
         torch.testing.assert_close(x[1:2], y, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_spends_its_steps_at_the_levels_of_training():
+    levels = sampling_sigmas(8)
+    assert levels[[0, -1]].tolist() == [1, 0]
+    even = torch.arange(7, 0, -1) / 8
+    torch.testing.assert_close(levels[1:-1].logit(), even.logit() + SHIFT)
 
 
 def test_given_pictures_come_back_and_the_sound_depends_on_them(model):

@@ -9,8 +9,17 @@ import pytest
 from syncdpo import trials
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
-from syncdpo.demo import WEIGHTS, DemoConfig
-from syncdpo.trials import Search, keeps_events, mean_row, rules_table, tune, weights_table, worth
+from syncdpo.demo import DemoConfig
+from syncdpo.trials import (
+    SEARCHED,
+    Search,
+    keeps_events,
+    mean_row,
+    rules_table,
+    tune,
+    weights_table,
+    worth,
+)
 
 
 @pytest.fixture
@@ -25,24 +34,24 @@ def config(tmp_path):
 
 def test_tuning_tries_every_choice_of_weights_and_goes_on_from_its_result(config, monkeypatch):
     monkeypatch.setattr(trials, "LEARNING_RATES", (1e-6,))
-    monkeypatch.setattr(trials, "BEGIN", {0: (0,), 16: (0,)})
+    monkeypatch.setattr(trials, "BEGIN", (0,))
     monkeypatch.setattr(trials, "SEEDS", 2)
     monkeypatch.setattr(trials, "keeps_events", lambda row, real: True)
     result = config.output / "tune.json"
     table = tune(config, result, jobs=1)
     found = json.loads(result.read_text())
     rows = {(row["method"], row["weights"], row["seed"]): row for row in found["trials"]}
-    assert len(rows) == len(found["trials"]) == 3 * (len(WEIGHTS) + 1)
+    assert len(rows) == len(found["trials"]) == 3 * (len(SEARCHED) + 1)
     for method, (weights, rate) in found["best"].items():
         assert rate == 1e-6
         assert {seed for m, w, seed in rows if (m, w) == (method, weights)} == {0, 1}
         if method != "sft":  # it trains what is best at equal time
-            errors = {w: rows[method, w, 0]["onset_error_ms"] for w in WEIGHTS}
+            errors = {w: worth(rows[method, w, 0]) for w in SEARCHED}
             assert errors[weights] == min(errors.values())
         mean = sum(rows[method, weights, seed]["onset_error_ms"] for seed in (0, 1)) / 2
         assert found["settled"][method][0]["onset_error_ms"] == pytest.approx(mean)
     assert found["best"]["sft"][0] == found["best"]["sft-equal-time"][0]
-    assert len(table.splitlines()) == 2 + len(WEIGHTS)
+    assert len(table.splitlines()) == 2 + len(SEARCHED)
     assert table.count("**") == 2 * 3
     monkeypatch.setattr(trials.Trial, "run", None)  # whoever runs one again fails
     tune(config, result, jobs=1)
@@ -61,7 +70,11 @@ def search_with_errors(monkeypatch, error) -> Search:
                 "onset_error_ms": error(p, t.ground.config.seed),
             }
             | {"f1": 0.5, "own_f1": 0.4, "own_onset_error_ms": 70, "keeps_events": True}
-            | {"events_per_clip": 3, "learning_rate": t.settings["learning_rate"]}
+            | {
+                "events_per_clip": 3,
+                "own_events_per_clip": 3,
+                "learning_rate": t.settings["learning_rate"],
+            }
             for t, p in zip(asked, places, strict=True)
         ]
 
@@ -100,13 +113,13 @@ def test_a_search_settles_by_the_mean_of_all_seeds(monkeypatch, tmp_path):
 
 def test_weights_table_has_each_methods_best_rate(monkeypatch, tmp_path):
     found = []
-    for method, weights in itertools.product(("sft", "sft-equal-time", "syncdpo"), WEIGHTS):
+    for method, weights in itertools.product(("sft", "sft-equal-time", "syncdpo"), SEARCHED):
         search = search_with_errors(monkeypatch, lambda p, seed: 40 + abs(p - 8))
         search.method, search.weights = method, weights
         trials.run_searches([search], tmp_path, 1)
         found.append(search)
     lines = weights_table(found).splitlines()
-    assert len(lines) == 2 + len(WEIGHTS)
+    assert len(lines) == 2 + len(SEARCHED)
     assert lines[2] == "| all |" + "|".join([" 0.016: 0.50, 40 ms; 0.40, 70 ms "] * 3) + "|"
 
 
@@ -123,9 +136,12 @@ def test_what_was_not_measured_on_every_seed_has_no_mean():
 
 
 def test_who_loses_sounds_on_one_seed_is_behind_who_keeps_them_on_all():
-    lost = mean_row([{"onset_error_ms": 10, "keeps_events": kept} for kept in (True, False)])
-    assert worth({"onset_error_ms": 90, "keeps_events": True}) < worth(lost)
-    assert worth(lost) < worth(lost | {"onset_error_ms": None})
+    def measured(given, own, kept=True):
+        return {"onset_error_ms": given, "own_onset_error_ms": own, "keeps_events": kept}
+
+    lost = mean_row([measured(10, 10, kept) for kept in (True, False)])
+    assert worth(measured(90, 90)) < worth(lost) < worth(lost | {"own_onset_error_ms": None})
+    assert worth(measured(20, 60)) < worth(measured(41, 41))  # by the mean of both
 
 
 def test_rules_table_has_mean_and_range_over_seeds():
@@ -162,5 +178,6 @@ def test_a_row_serves_no_trial_with_other_settings(config, monkeypatch):
 
 def test_falling_silent_does_not_count_as_keeping_time():
     real = {"events_per_clip": 3.0}
-    assert keeps_events({"events_per_clip": 2.8}, real)
-    assert not keeps_events({"events_per_clip": 2.6}, real)
+    assert keeps_events({"events_per_clip": 2.8, "own_events_per_clip": 3.2}, real)
+    assert not keeps_events({"events_per_clip": 2.6, "own_events_per_clip": 3.0}, real)
+    assert not keeps_events({"events_per_clip": 3.0, "own_events_per_clip": 3.4}, real)

@@ -5,6 +5,7 @@ sound was moved at random against the picture (`make base`), so it knows what so
 picture but not when: the fault that SyncDPO mends, at a size where mending it takes minutes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ SECONDS = 2.0
 VIDEO_FRAMES = round(SECONDS * codec.FPS) // codec.PICTURES
 AUDIO_FRAMES = round(SECONDS * codec.AUDIO_RATE)
 CAPTION_CHANNELS = 8
-ETA = 0.6  # share of the noise's amplitude that each sampling step draws anew
+ETA = 0.9  # share of the noise's amplitude that each sampling step draws anew
 SHIFT = 1.0  # of the noise levels; LTX-2's own is 0.95 at least
 SAMPLING_STEPS, SAMPLED_TOGETHER = 20, 32
 BASE = Path(__file__).with_name("tiny_base.safetensors")
@@ -137,7 +138,7 @@ class Tiny:
         steps: int,
         video: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Evenly spaced σ from pure noise; of the noise that each step predicts, η² is drawn anew:
+        """From pure noise, down `sampling_sigmas`; of the noise that a step predicts, η² is new:
 
             x₀ = x − σ·v,   ε̂ = x + (1−σ)·v,   x ← (1−σ′)·x₀ + σ′·(√(1−η²)·ε̂ + η·ε)
 
@@ -147,7 +148,7 @@ class Tiny:
         video: [B,96,40], pictures that are given, without noise. They follow the same path, by
         their true velocity (x − x₀)/σ, and only the sound is the model's.
         """
-        batch, sigmas = len(seed), torch.linspace(1, 0, steps + 1, device=seed.device)
+        batch, sigmas = len(seed), sampling_sigmas(steps).to(seed.device)
         shapes = (
             (batch, VIDEO_FRAMES * codec.VIDEO_TOKENS, codec.VIDEO_CHANNELS),
             (batch, AUDIO_FRAMES, codec.AUDIO_CHANNELS),
@@ -207,6 +208,13 @@ class Tiny:
 
     def load_weights(self, path: Path) -> None:
         load_weights(path, self.transformer)
+
+
+def sampling_sigmas(steps: int) -> Tensor:
+    """[steps + 1] levels from 1 to 0: evenly spaced ones, shifted as those of training are."""
+    shift = math.exp(SHIFT)
+    even = torch.linspace(1, 0, steps + 1)
+    return shift * even / (1 + (shift - 1) * even)
 
 
 def _video_coords(device: torch.device) -> Tensor:

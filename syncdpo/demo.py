@@ -51,9 +51,9 @@ WEIGHTS = {
 TRAINING = {"sft": {"sigma": "separate"}, "syncdpo": {"sigma": "separate", "matched": 0.75}}
 # Each method's best weights and learning rate, of `make tune`.
 CHOSEN = {
-    "sft": ("sound's half", 1.6e-2),
-    "syncdpo": ("sound's half", 8e-3),
-    "sft-equal-time": ("sound's half", 1.6e-2),
+    "sft": ("all", 8e-3),
+    "syncdpo": ("sound's half", 1.1e-2),
+    "sft-equal-time": ("all", 4e-3),
 }
 
 

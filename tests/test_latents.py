@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from syncdpo.data import files, latents
 from syncdpo.data.captions import read_captions
@@ -128,11 +130,18 @@ def test_a_changed_caption_or_source_is_encoded_again(folder, tmp_path):
     assert LatentDataset(tmp_path / "cache").clips[1]["caption"] == "after"
 
 
+def alone() -> None:
+    """For a child that was forked: tqdm's lock is shared with the parent, who would wait for ever
+    for one that was killed while it held it."""
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)
+
+
 def kill_somewhere(folder: Path, out: Path, delay: float) -> bool:
     """Runs `prepare` in a child and kills it after `delay` seconds; whether it was still at it."""
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)
+        alone()
         status = 1
         try:
             captions = read_captions(folder)
@@ -168,7 +177,7 @@ def test_killed_twenty_times_it_resumes_to_the_same_content(folder, tmp_path, wh
 def test_killed_while_writing_no_half_file_is_left(folder, tmp_path, whole, moment):
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)
+        alone()
         calls, genuine = iter(range(100)), getattr(os, moment)
 
         def die(*arguments):
@@ -195,7 +204,7 @@ def test_shards_make_the_same_cache_as_one_process(folder, tmp_path, whole):
     for rank in range(3):
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)
+            alone()
             status = 1
             try:
                 prepare(

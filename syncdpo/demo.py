@@ -39,12 +39,10 @@ OFFSET_SPREAD = 0.06
 HELD_OUT = {"validation": 1_000_000, "unseen": 7_000_000}
 HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
 OWN_FIGURES = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip", "seen_per_clip")
-# What may be trained: the weights themselves or a LoRA, of everything or of the sound's half.
+# What may be trained.
 WEIGHTS = {
     "all": {"lora_rank": 0, "trained": "both"},
     "sound's half": {"lora_rank": 0, "trained": "audio"},
-    "LoRA": {"lora_rank": 16, "trained": "both"},
-    "LoRA of the sound's half": {"lora_rank": 16, "trained": "audio"},
 }
 # Picture and sound have noise levels of their own in training: so the sound learns to follow a
 # picture that is clearer than itself, too. `matched` is what suits SyncDPO best here.

@@ -166,9 +166,9 @@ class ClipMetrics:
         A sound within `blind` that has no partner is not counted: what made it may well be there.
         """
         pairs = match_events(self.seen, self.heard, window)
-        early = int((self.heard < self.blind).sum())
-        unjudged = early - sum(self.heard[j] < self.blind for _, j in pairs)
-        return len(pairs), len(self.seen) + len(self.heard) - int(unjudged)
+        without = np.delete(self.heard, [j for _, j in pairs])
+        unjudged = int((without < self.blind).sum())
+        return len(pairs), len(self.seen) + len(self.heard) - unjudged
 
 
 def clip_metrics(clip: Clip) -> ClipMetrics:

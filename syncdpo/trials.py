@@ -43,12 +43,12 @@ from syncdpo.report import LABELS
 # on until its best has neighbours on both sides.
 LEARNING_RATES = tuple(float(f"{1e-3 * 2 ** (k / 2):.1e}") for k in range(16))  # to 0.18
 BEGIN = (4, 6, 8)  # places in LEARNING_RATES
-SEARCHED = ("all", "sound's half")  # of WEIGHTS
 RULES = ("shift", "scale", "warp", "replace", "replace+scale")
 CURRICULA = ("constant", "linear")
 MATCHED = (0.0, 0.5)
-# Rules are compared on clips exactly in step, at the rate that is best for these weights there.
-RULES_WEIGHTS, RULES_RATE = "LoRA of the sound's half", 3e-2
+# Rules are compared on clips exactly in step, at the rate that is best for a LoRA there.
+RULES_WEIGHTS = "LoRA of the sound's half"
+RULES_TRAINING = {"lora_rank": 16, "trained": "audio", "learning_rate": 3e-2}
 SEEDS = 3
 ERRORS = ("onset_error_ms", "own_onset_error_ms")
 EVENTS = ("events_per_clip", "own_events_per_clip")
@@ -65,7 +65,7 @@ class Ground(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """One training and its name; `settings` as `TrainConfig` has them, `weights` of `WEIGHTS`."""
+    """One training: its name, `settings` as `TrainConfig` has them, what `weights` it trains."""
 
     ground: Ground
     name: str
@@ -92,7 +92,7 @@ def tune(config: DemoConfig, result: Path, jobs: int) -> str:
 
     Returns each method's best for each choice of weights as markdown; all trials go to `result`.
 
-    SFT and SyncDPO may both train any of `SEARCHED`. On the first seed each is tried at learning
+    SFT and SyncDPO may both train any of `WEIGHTS`. On the first seed each is tried at learning
     rates an octave apart, until the best has a neighbour on both sides; then the best weights'
     best rate and the half octaves beside it are settled by the mean of `SEEDS` seeds, likewise.
     The best has the smallest onset error, the mean of that of given pictures and that of own clips,
@@ -110,7 +110,7 @@ def tune(config: DemoConfig, result: Path, jobs: int) -> str:
         run_searches([search], config.output, jobs)
         return search
 
-    steps = dict.fromkeys(SEARCHED, config.steps)
+    steps = dict.fromkeys(WEIGHTS, config.steps)
     sft, syncdpo = searches("sft", steps), searches("syncdpo", steps)
     run_searches([*sft.values(), *syncdpo.values()], config.output, jobs)
     best = {"syncdpo": settle(min(syncdpo.values(), key=Search.worth))}
@@ -195,7 +195,7 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
 
     Returns the table, as markdown; all rows go to `result`.
     """
-    common = WEIGHTS[RULES_WEIGHTS] | {"steps": config.steps, "learning_rate": RULES_RATE}
+    common = RULES_TRAINING | {"steps": config.steps}
     trials = []
     for ground in prepare_grounds(replace(config, offset_spread=0.0)):
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):
@@ -258,7 +258,7 @@ def weights_table(searches: list[Search]) -> str:
     heads = ["weights trained", *(LABELS[method] for method in methods)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     cells = {(s.weights, s.method): _best_cell(s) for s in searches}
-    for weights in SEARCHED:
+    for weights in WEIGHTS:
         lines.append(f"| {weights} | " + " | ".join(cells[weights, m] for m in methods) + " |")
     return "\n".join(lines)
 

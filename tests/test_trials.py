@@ -9,17 +9,8 @@ import pytest
 from syncdpo import trials
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
-from syncdpo.demo import DemoConfig
-from syncdpo.trials import (
-    SEARCHED,
-    Search,
-    keeps_events,
-    mean_row,
-    rules_table,
-    tune,
-    weights_table,
-    worth,
-)
+from syncdpo.demo import WEIGHTS, DemoConfig
+from syncdpo.trials import Search, keeps_events, mean_row, rules_table, tune, weights_table, worth
 
 
 @pytest.fixture
@@ -41,17 +32,17 @@ def test_tuning_tries_every_choice_of_weights_and_goes_on_from_its_result(config
     table = tune(config, result, jobs=1)
     found = json.loads(result.read_text())
     rows = {(row["method"], row["weights"], row["seed"]): row for row in found["trials"]}
-    assert len(rows) == len(found["trials"]) == 3 * (len(SEARCHED) + 1)
+    assert len(rows) == len(found["trials"]) == 3 * (len(WEIGHTS) + 1)
     for method, (weights, rate) in found["best"].items():
         assert rate == 1e-6
         assert {seed for m, w, seed in rows if (m, w) == (method, weights)} == {0, 1}
         if method != "sft":  # it trains what is best at equal time
-            errors = {w: worth(rows[method, w, 0]) for w in SEARCHED}
+            errors = {w: worth(rows[method, w, 0]) for w in WEIGHTS}
             assert errors[weights] == min(errors.values())
         mean = sum(rows[method, weights, seed]["onset_error_ms"] for seed in (0, 1)) / 2
         assert found["settled"][method][0]["onset_error_ms"] == pytest.approx(mean)
     assert found["best"]["sft"][0] == found["best"]["sft-equal-time"][0]
-    assert len(table.splitlines()) == 2 + len(SEARCHED)
+    assert len(table.splitlines()) == 2 + len(WEIGHTS)
     assert table.count("**") == 2 * 3
     monkeypatch.setattr(trials.Trial, "run", None)  # whoever runs one again fails
     tune(config, result, jobs=1)
@@ -113,13 +104,13 @@ def test_a_search_settles_by_the_mean_of_all_seeds(monkeypatch, tmp_path):
 
 def test_weights_table_has_each_methods_best_rate(monkeypatch, tmp_path):
     found = []
-    for method, weights in itertools.product(("sft", "sft-equal-time", "syncdpo"), SEARCHED):
+    for method, weights in itertools.product(("sft", "sft-equal-time", "syncdpo"), WEIGHTS):
         search = search_with_errors(monkeypatch, lambda p, seed: 40 + abs(p - 8))
         search.method, search.weights = method, weights
         trials.run_searches([search], tmp_path, 1)
         found.append(search)
     lines = weights_table(found).splitlines()
-    assert len(lines) == 2 + len(SEARCHED)
+    assert len(lines) == 2 + len(WEIGHTS)
     assert lines[2] == "| all |" + "|".join([" 0.016: 0.50, 40 ms; 0.40, 70 ms "] * 3) + "|"
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from syncdpo.data.clips import write_clip
+from syncdpo.data.clips import Clip, write_clip
 from syncdpo.dice import generator
 from syncdpo.models import Model
+from syncdpo.overlap import overlapped
 
 
 def noise_seeds(count: int, *key) -> Tensor:
@@ -37,8 +38,12 @@ def generate(
     texts = [caption for caption in captions for _ in seeds]
     clips = model.generate(texts, seeds.repeat(len(captions)), steps=steps, **guidance)
     folder.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(clips, label, len(texts), unit="clip", disable=not progress)
-    for number, clip in enumerate(bar):
+
+    def write(numbered: tuple[int, Clip]) -> Path:
+        number, clip = numbered
         path = folder / f"{number:03d}.mp4"
         write_clip(path, clip)
-        yield path
+        return path
+
+    paths = overlapped(write, enumerate(clips))
+    yield from tqdm(paths, label, len(texts), unit="clip", disable=not progress)

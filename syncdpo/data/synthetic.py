@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from syncdpo.data.clips import Clip, write_clip
+from syncdpo.overlap import overlapped
 
 SECONDS, FPS, SIZE, SAMPLE_RATE = 2.0, 24, 64, 16_000
 PITCHES = tuple(200.0 * 30.0 ** (k / 15) for k in range(3, 11))  # Hz; on the tiny codec's bands
@@ -134,10 +135,14 @@ def render_folder(folder: Path, seeds: Iterable[int], *, offset_spread: float = 
     is the same for all of a clip, as it is in recordings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
+
+    def write(seed: int) -> None:
         path = folder / f"{seed:06d}.mp4"
         if not path.exists():
             write_clip(path, render(seed, offset=draw_offset(seed, offset_spread)).clip)
+
+    for _ in overlapped(write, seeds):
+        pass
 
 
 def _around(impacts: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,10 @@ rules: $(READY)  ## Compare the rules on three seeds
 base: $(READY)  ## Train the embedded default's base anew
 	$(BIN)/python -m syncdpo.base
 
+# Two workers, two threads; files in order, or the few but long tests of Triton's interpreter
+# come last, all on one worker.
 test: $(READY)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two workers, two threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## Check style
 	$(BIN)/ruff check .

@@ -18,11 +18,18 @@ def overlapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
     For a function that lets go of the interpreter. What it raises is raised here, at its turn.
     """
     threads = torch.get_num_threads()
+    for future in futures(function, items, threads=threads, ahead=threads):
+        yield future.result()
+
+
+def futures(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
+) -> Iterator[Future[Result]]:
+    """A future of each item, in order, as soon as it is done or `ahead` others wait behind it."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            while waiting and (len(waiting) > threads or waiting[0].done()):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            while waiting and (len(waiting) > ahead or waiting[0].done()):
+                yield waiting.popleft()
+        yield from waiting

@@ -60,9 +60,8 @@ def test_an_error_comes_at_its_turn():
             raise OSError("disk full")
         return i
 
-    got = []
     with pytest.raises(OSError, match="disk full"):
-        got.extend(overlapped(work, range(10)))
+        list(overlapped(work, range(10)))
     results = overlapped(work, range(10))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="disk full"):

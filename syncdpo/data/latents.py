@@ -12,10 +12,10 @@ import errno
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from syncdpo.data.captions import caption_of
 from syncdpo.data.clips import Clip, ClipError, list_clips, read_clip
 from syncdpo.data.files import canonical_json, digest, remove_leftovers, write_atomic
 from syncdpo.data.winners import winner_flags
+from syncdpo.overlap import futures
 
 FORMAT = 1
 INDEX = "index.json"
@@ -123,7 +124,10 @@ def prepare(
             desc="prepare",
             unit="clip",
         ) as bar:
-            for item, clip in _decode_ahead(pending, model.clip_format):
+            decode = partial(_decode, clip_format=model.clip_format)
+            # While the model encodes, a thread decodes the next ones.
+            decoded = futures(decode, [item.path for item in pending], threads=1, ahead=2)
+            for item, clip in zip(pending, decoded, strict=True):
                 _encode(model, item, clip, identity, strict, summary)
                 bar.update()
         _write_index(out, identity, items, strict)
@@ -223,18 +227,6 @@ def _report(item: _Item, flags: list[str], strict: bool, summary: PrepareSummary
     if flags:
         (summary.skipped if strict else summary.flagged).append((item.path, "; ".join(flags)))
     return bool(flags) and strict
-
-
-def _decode_ahead(items: list[_Item], clip_format, ahead: int = 2) -> Iterator:
-    """(item, future clip) in order; a thread decodes `ahead` clips while the model encodes."""
-    with ThreadPoolExecutor(1) as pool:
-        queue: deque[tuple[_Item, Future]] = deque()
-        for item in items:
-            queue.append((item, pool.submit(_decode, item.path, clip_format)))
-            if len(queue) > ahead:
-                yield queue.popleft()
-        while queue:
-            yield queue.popleft()
 
 
 def _decode(path: Path, clip_format) -> Clip:

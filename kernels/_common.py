@@ -1,8 +1,10 @@
-"""What several kernels share: chunks, layouts, and noise from Philox and Box-Muller."""
+"""What several kernels share: launches, chunks, layouts, and noise from Philox and Box-Muller."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +15,47 @@ NUM_WARPS = 4
 
 INTERPRETED = triton.knobs.runtime.interpret
 APPROXIMATE = tl.constexpr(not INTERPRETED)  # the interpreter knows no inline assembly
+
+# ---------------------------------------------------------------- launches, on the host
+
+PLANS = 1024  # that each launcher remembers
+
+Memory = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def memory(x: Tensor) -> Memory:
+    """What a launch depends on of a tensor, its address aside: shape, strides, dtype."""
+    return x.shape, x.stride(), x.dtype
+
+
+class Plan:
+    """The launch of a kernel on tensors of given shapes, strides and dtypes.
+
+    For every call Triton looks at each argument to find the code that was compiled for its like,
+    which takes longer than small tensors keep the device busy. All that it looks at is part of the
+    plan, but for addresses: so the code is kept here, per device and per set of aligned addresses.
+    """
+
+    def __init__(self, kernel, programs: int, numbers: tuple, **constants) -> None:
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.numbers, self.constants = numbers, constants
+        self.compiled = {}
+
+    def launch(self, given: Sequence[Tensor], *arguments) -> None:
+        """`arguments` in the kernel's order, all but its constants; `given`: the tensors among them
+        that are not fresh memory, which is always aligned."""
+        key = (given[0].device, *[x.data_ptr() % 16 == 0 for x in given])
+        run = self.compiled.get(key)
+        with torch.cuda.device_of(given[0]):
+            if run is not None:
+                run(*arguments, *self.constants.values())
+                return
+            compiled = self.kernel[self.grid](
+                *arguments, **self.constants, num_warps=NUM_WARPS, enable_fp_fusion=True
+            )
+            if compiled is not None:  # as from the interpreter
+                self.compiled[key] = compiled[self.grid]
+
 
 # ---------------------------------------------------------------- layouts, on the host
 
@@ -43,34 +86,35 @@ class Layout(NamedTuple):
         return self.count % CHUNK.value == 0
 
 
-def layout(tensors: list[Tensor], *, ordered: bool) -> Layout:
+def layout(tensors: Sequence[Memory], *, ordered: bool) -> Layout:
     """The layout of `tensors`; unless `ordered`, the axes go in the order of the first's memory."""
-    axes = [axis for axis in range(1, tensors[0].ndim) if tensors[0].shape[axis] > 1]
+    shape, first, _ = tensors[0]
+    axes = [axis for axis in range(1, len(shape)) if shape[axis] > 1]
     if not ordered:
-        axes.sort(key=lambda axis: -tensors[0].stride(axis))
+        axes.sort(key=lambda axis: -first[axis])
     sizes, steps = [], []
     for axis in axes:
-        size, step = tensors[0].shape[axis], [t.stride(axis) for t in tensors]
+        size, step = shape[axis], [stride[axis] for _, stride, _ in tensors]
         if sizes and steps[-1] == [s * size for s in step]:
             sizes[-1], steps[-1] = sizes[-1] * size, step
         else:
             sizes.append(size)
             steps.append(step)
     sizes, steps = sizes or [1], steps or [[1] * len(tensors)]
-    vec = 8 if any(t.element_size() == 2 for t in tensors) else 4
+    vec = 8 if any(dtype.itemsize == 2 for _, _, dtype in tensors) else 4
     strides = tuple(zip(*steps, strict=True))
     inner = [sizes[-1]] if len(sizes) > 1 else []
     reach = [sum((n - 1) * s for n, s in zip(sizes, own, strict=True)) for own in strides]
     return Layout(
         count=math.prod(sizes),
         sizes=tuple(sizes),
-        rows=tuple(t.stride(0) for t in tensors),
+        rows=tuple(stride[0] for _, stride, _ in tensors),
         strides=strides,
         vec=vec,
         rowwise=math.gcd(vec, *inner) == vec,
         align=tuple(
-            math.gcd(vec, t.stride(0), *own[:-1], *inner) if own[-1] == 1 else 1
-            for t, own in zip(tensors, strides, strict=True)
+            math.gcd(vec, stride[0], *own[:-1], *inner) if own[-1] == 1 else 1
+            for (_, stride, _), own in zip(tensors, strides, strict=True)
         ),
         wide=max(*reach, math.prod(sizes)) >= 2**31,
     )

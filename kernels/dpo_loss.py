@@ -6,6 +6,7 @@ needs; the last pair adds up the losses. Backward: a program writes one chunk of
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,13 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    NUM_WARPS,
+    PLANS,
     THREADS,
     Layout,
+    Memory,
+    Plan,
     blocks,
     chunk_start,
     layout,
     load,
+    memory,
     normals,
     offsets,
     row_start,
@@ -156,14 +160,19 @@ def _chunk_sums(
 @triton.jit
 def _forward_kernel(
     policy, reference, target, mask, seed, reference_error, pair_weight,
-    loss, margin, weight, errors, slope, partials, sums, pair_loss, arrived,
-    beta, stream, batch, chunks, total, layouts, sft_weight, smoothing,
+    loss, margin, weight, errors, slope, partials, arrived,
+    beta, sft_weight, smoothing, stream, batch, chunks, total, layouts,
     FLAGS: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Tuples hold one entry per modality; a pair's programs go through its modalities in turn."""
+    """Tuples hold one entry per modality; a pair's programs go through its modalities in turn.
+
+    After the partial sums lie their sums per pair, then, for a mean, the pairs' losses.
+    """
     MODALITIES: tl.constexpr = len(policy)
     Q: tl.constexpr = OPTIONS[0]
     MEAN: tl.constexpr = OPTIONS[7]
+    sums = partials + batch * total * Q
+    pair_loss = sums + batch * MODALITIES * Q if MEAN else loss
     i_pair = tl.program_id(0) // total
     i_chunk = tl.program_id(0) % total
     p_partials = partials + i_pair.to(tl.int64) * Q * total + i_chunk
@@ -177,6 +186,7 @@ def _forward_kernel(
         i_chunk -= chunks[i]
     tl.debug_barrier()  # thread 0 announces what all threads have stored
     if tl.atomic_add(arrived + i_pair, 1, sem="acq_rel") == total - 1:
+        tl.store(arrived + i_pair, 0)  # for the next launch
         p_sums = sums + i_pair * MODALITIES * Q
         add_up(partials, p_sums, i_pair, chunks, total, Q)
         finish_pair(
@@ -186,6 +196,7 @@ def _forward_kernel(
         if MEAN:
             tl.debug_barrier()
             if tl.atomic_add(arrived + batch, 1, sem="acq_rel") == batch - 1:
+                tl.store(arrived + batch, 0)
                 added = tl.zeros([THREADS], tl.float32)
                 for first in range(0, batch, THREADS):
                     pair = first + tl.arange(0, THREADS)
@@ -195,7 +206,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_loss, grad_stride, slope, policy, target, mask, seed, grad, stream, batch, chunks, total,
+    grad_loss, slope, policy, target, mask, seed, grad, grad_stride, stream, batch, chunks, total,
     layouts, FLAGS: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     i_pair = tl.program_id(0) // total
@@ -279,49 +290,63 @@ def _fwd(
     reference_error: Tensor | None,
     pair_weight: Tensor | None,
     options,
+    *,
+    keep_counters: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, margin [M, B], weight [B], errors [2 or 0, M, 2B], slope [M, 2B]; all float32."""
     modalities, rows = len(policy), len(policy[0])
     batch = rows // 2
     # Without a reference the policy stands in; what is summed of it is not used.
-    reference = list(reference) or list(policy)
-    masks = _expanded(mask, policy)
-    layouts = [
-        layout(list(tensors), ordered=sign != 0)
-        for *tensors, sign in zip(policy, reference, target, masks, options.sign, strict=True)
-    ]
-    total = sum(own.chunks for own in layouts)
-    everything = options.normalize or options.stats or any(x is not None for x in mask)
-    quantities = 8 if everything else 4 if options.sft_weight or reference_error is not None else 2
+    streams = (tuple(policy), tuple(reference or policy), tuple(target), _expanded(mask, policy))
+    plan = _forward_plan(
+        _memories(*streams), tuple(x is not None for x in mask), reference_error is None,
+        pair_weight is not None, options.sft_weight != 0, tuple(options.stream),
+        tuple(options.sign), options.objective, options.separate, options.normalize,
+        options.interleaved, options.mean, options.stats,
+    )  # fmt: skip
 
     def new(*shape: int) -> Tensor:
         return policy[0].new_empty(shape, dtype=torch.float32)
 
     loss, margin = new() if options.mean else new(batch), new(modalities, batch)
     weight, slope = new(batch), new(modalities, rows)
-    errors = new(2 if options.stats else 0, modalities, rows)
-    partials, sums = new(batch * quantities * total), new(batch * modalities * quantities)
-    pair_loss = new(batch) if options.mean else loss
-    arrived = torch.zeros(batch + 1, dtype=torch.int32, device=loss.device)
-    errors_given = slope if reference_error is None else reference_error.float().contiguous()
-    weights_given = weight if pair_weight is None else pair_weight.float().contiguous()
-    constants = (
-        quantities, reference_error is None, pair_weight is not None,
-        OBJECTIVES.index(options.objective), options.separate, options.normalize,
-        options.interleaved, options.mean, options.stats,
+    errors, scratch = new(2 if options.stats else 0, modalities, rows), new(plan.scratch)
+    seeds = _seeds(seed, policy)
+    given = (
+        slope if reference_error is None else reference_error.float().contiguous(),
+        weight if pair_weight is None else pair_weight.float().contiguous(),
+    )
+    plan.launch(
+        [x for stream in (*streams, seeds, given) for x in stream],
+        *streams, seeds, *given, loss, margin, weight, errors, slope, scratch,
+        _counters(slope, batch + 1, keep_counters), tuple(options.beta), options.sft_weight,
+        options.label_smoothing, *plan.numbers,
     )  # fmt: skip
-    with torch.cuda.device_of(slope):
-        _forward_kernel[(batch * total,)](
-            tuple(policy), tuple(reference), tuple(target), masks, _seeds(seed, policy),
-            errors_given, weights_given,
-            loss, margin, weight, errors, slope, partials, sums, pair_loss, arrived,
-            tuple(options.beta), tuple(options.stream), batch,
-            tuple(own.chunks for own in layouts), total, _plain(layouts),
-            options.sft_weight, options.label_smoothing,
-            FLAGS=_flags(layouts, target, seed, mask, options), OPTIONS=constants,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
     return loss, margin, weight, errors, slope
+
+
+@lru_cache(PLANS)
+def _forward_plan(
+    memories, masked, has_reference, has_weight, has_sft, stream, sign, objective, separate,
+    normalize, interleaved, mean, stats,
+) -> Plan:  # fmt: skip
+    batch = memories[0][0][0][0] // 2
+    layouts = _layouts(memories, sign)
+    total = sum(own.chunks for own in layouts)
+    everything = normalize or stats or any(masked)
+    quantities = 8 if everything else 4 if has_sft or not has_reference else 2
+    constants = (
+        quantities, has_reference, has_weight, OBJECTIVES.index(objective), separate, normalize,
+        interleaved, mean, stats,
+    )  # fmt: skip
+    numbers = (stream, batch, tuple(own.chunks for own in layouts), total, _plain(layouts))
+    plan = Plan(
+        _forward_kernel, batch * total, numbers,
+        FLAGS=_flags(layouts, memories, masked, sign), OPTIONS=constants,
+    )  # fmt: skip
+    # Partial sums, their sums per pair, and the pairs' losses.
+    plan.scratch = batch * (quantities * (total + len(layouts)) + mean)
+    return plan
 
 
 def _bwd(
@@ -334,23 +359,47 @@ def _bwd(
     options,
 ) -> list[Tensor]:
     """The gradient of each policy, from that of the loss (scalar, or [B])."""
-    batch = len(policy[0]) // 2
-    masks = _expanded(mask, policy)
     grads = [torch.empty_like(p) for p in policy]
-    layouts = [
-        layout(list(tensors), ordered=sign != 0)
-        for *tensors, sign in zip(policy, target, masks, grads, options.sign, strict=True)
-    ]
-    total = sum(own.chunks for own in layouts)
-    with torch.cuda.device_of(slope):
-        _backward_kernel[(batch * total,)](
-            grad, grad.stride(0) if grad.ndim else 0, slope, tuple(policy), tuple(target), masks,
-            _seeds(seed, policy), tuple(grads), tuple(options.stream), batch,
-            tuple(own.chunks for own in layouts), total, _plain(layouts),
-            FLAGS=_flags(layouts, target, seed, mask, options), INTERLEAVED=options.interleaved,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    streams = (tuple(policy), tuple(target), _expanded(mask, policy))
+    plan = _backward_plan(
+        _memories(*streams, grads), tuple(x is not None for x in mask), tuple(options.stream),
+        tuple(options.sign), options.interleaved, grad.stride(0) if grad.ndim else 0,
+    )  # fmt: skip
+    seeds = _seeds(seed, policy)
+    plan.launch(
+        [grad, slope, *(x for stream in (*streams, seeds) for x in stream)],
+        grad, slope, *streams, seeds, tuple(grads), *plan.numbers,
+    )  # fmt: skip
     return grads
+
+
+@lru_cache(PLANS)
+def _backward_plan(memories, masked, stream, sign, interleaved, grad_stride) -> Plan:
+    batch = memories[0][0][0][0] // 2
+    layouts = _layouts(memories, sign)
+    total = sum(own.chunks for own in layouts)
+    chunks = tuple(own.chunks for own in layouts)
+    return Plan(
+        _backward_kernel, batch * total,
+        (grad_stride, stream, batch, chunks, total, _plain(layouts)),
+        FLAGS=_flags(layouts, memories, masked, sign), INTERLEAVED=interleaved,
+    )  # fmt: skip
+
+
+_KEPT_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(like: Tensor, count: int, keep: bool) -> Tensor:
+    """Zeros, which a launch leaves as zeros; so those of a stream serve all its launches, one after
+    the other. Not where a graph is captured, which may be replayed beside anything."""
+    if not (keep and like.is_cuda) or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    place = (like.device, triton.runtime.driver.active.get_current_stream(like.device.index))
+    kept = _KEPT_COUNTERS.get(place)
+    if kept is None or len(kept) < count:
+        kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
+        _KEPT_COUNTERS[place] = kept
+    return kept
 
 
 def _expanded(mask: Sequence[Tensor | None], policy: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -367,14 +416,24 @@ def _seeds(seed: Sequence[Tensor | None], policy: Sequence[Tensor]) -> tuple[Ten
     return tuple(p if s is None else s.contiguous() for s, p in zip(seed, policy, strict=True))
 
 
+def _memories(*streams: Sequence[Tensor]) -> tuple[tuple[Memory, ...], ...]:
+    """Per modality, what a launch depends on of its tensors."""
+    return tuple(tuple(map(memory, own)) for own in zip(*streams, strict=True))
+
+
+def _layouts(memories, sign) -> list[Layout]:
+    return [layout(own, ordered=s != 0) for own, s in zip(memories, sign, strict=True)]
+
+
 def _plain(layouts: Sequence[Layout]) -> tuple:
     return tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts)
 
 
-def _flags(layouts: Sequence[Layout], target, seed, mask, options) -> tuple[int, ...]:
+def _flags(layouts: Sequence[Layout], memories, masked, sign) -> tuple[int, ...]:
     """What is compiled in: FLAGS_PER_MODALITY numbers for each modality."""
     flags = []
-    for own, sign, y, s, k in zip(layouts, options.sign, target, seed, mask, strict=True):
-        shared = s is not None and len(y) == len(s)
-        flags += [own.vec, own.rowwise, own.wide, own.even, sign, shared, k is not None, *own.align]
+    for own, tensors, masks, s in zip(layouts, memories, masked, sign, strict=True):
+        rows = tensors[0][0][0]
+        shared = any(shape[0] != rows for shape, _, _ in tensors)  # the clean latents, [B, …]
+        flags += [own.vec, own.rowwise, own.wide, own.even, s, shared, masks, *own.align]
     return tuple(flags)

@@ -5,6 +5,7 @@ generates their common noise in registers and writes both halves.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -12,12 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    NUM_WARPS,
+    PLANS,
     THREADS,
+    Memory,
+    Plan,
     blocks,
     chunk_start,
     layout,
     load,
+    memory,
     normals,
     offsets,
     row_start,
@@ -115,13 +119,16 @@ def _noise(shape: Sequence[int], seed: Tensor, stream: int) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32, device=seed.device)
     if out.numel() == 0:
         return out
-    own = layout([out], ordered=True)
-    with torch.cuda.device_of(out):
-        _noise_kernel[(shape[0] * own.chunks,)](
-            out, seed, stream, own.count, own.chunks,
-            ALIGN=own.align[0], WIDE=own.wide, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    plan = _noise_plan(memory(out), stream)
+    plan.launch([seed], out, seed, stream, *plan.numbers)
     return out
+
+
+@lru_cache(PLANS)
+def _noise_plan(out: Memory, stream: int) -> Plan:
+    own = layout([out], ordered=True)
+    programs, numbers = out[0][0] * own.chunks, (own.count, own.chunks)
+    return Plan(_noise_kernel, programs, numbers, ALIGN=own.align[0], WIDE=own.wide)
 
 
 def _paired_noise(
@@ -133,28 +140,34 @@ def _paired_noise(
 ) -> list[Tensor]:
     batch = len(seed)
     out = [x.new_empty((2 * batch, *x.shape[1:])) for x in win]
-    other = [x if y is None else y for x, y in zip(win, lose, strict=True)]
-    layouts = [layout(list(x), ordered=True) for x in zip(win, other, out, strict=True)]
-    total = sum(own.chunks for own in layouts)
-    if batch * total == 0:
+    plan = _paired_noise_plan(
+        tuple(map(memory, win)),
+        tuple(y if y is None else memory(y) for y in lose),
+        tuple(map(memory, out)),
+        stream,
+    )
+    if plan is None:
         return out
+    win, lose = tuple(win), tuple(x if y is None else y for x, y in zip(win, lose, strict=True))
+    sigma, seed = tuple(level.contiguous() for level in sigma), seed.contiguous()
+    plan.launch([*win, *lose, *sigma, seed], win, lose, tuple(out), sigma, seed, *plan.numbers)
+    return out
+
+
+@lru_cache(PLANS)
+def _paired_noise_plan(
+    win: tuple[Memory, ...], lose: tuple[Memory | None, ...], out: tuple[Memory, ...], stream: int
+) -> Plan | None:
+    """None where there is nothing to write."""
+    batch = win[0][0][0]
+    layouts = [layout((x, y or x, o), ordered=True) for x, y, o in zip(win, lose, out, strict=True)]
+    total = sum(own.chunks for own in layouts)
     flags = []
     for own, y in zip(layouts, lose, strict=True):
         flags += [own.vec, own.rowwise, own.wide, own.even, y is None, *own.align]
-    with torch.cuda.device_of(seed):
-        _paired_noise_kernel[(batch * total,)](
-            tuple(win),
-            tuple(other),
-            tuple(out),
-            tuple(level.contiguous() for level in sigma),
-            seed.contiguous(),
-            stream,
-            batch,
-            tuple(own.chunks for own in layouts),
-            total,
-            tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts),
-            FLAGS=tuple(flags),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
-    return out
+    numbers = (
+        stream, batch, tuple(own.chunks for own in layouts), total,
+        tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts),
+    )  # fmt: skip
+    programs = batch * total
+    return Plan(_paired_noise_kernel, programs, numbers, FLAGS=tuple(flags)) if programs else None

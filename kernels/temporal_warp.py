@@ -5,9 +5,13 @@ stands before time and what stands after. A program fills one tile of one sample
 elements, or, where time is last, rows by frames.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from ._common import PLANS, Memory, Plan, memory
 
 BOUNDARIES = {"edge": 0, "wrap": 1, "reflect": 2}
 
@@ -145,23 +149,17 @@ def warp_fwd(x: torch.Tensor, knots: torch.Tensor, dim: int, boundary: str) -> t
         return y
     source = x.flatten(dim + 1) if dim + 1 < x.ndim else x.unsqueeze(-1)
     source = source.flatten(1, dim - 1) if dim > 1 else source.unsqueeze(1)
-    batch, rows, frames, inner = source.shape
-    constants = plan(source.shape, knots.shape[1], x.element_size(), boundary)
+    plan, knots = _plan(memory(source), knots.shape[1], boundary), knots.contiguous()
+    plan.launch([source, knots], source, knots, y, *plan.numbers)
+    return y
+
+
+@lru_cache(PLANS)
+def _plan(source: Memory, knots: int, boundary: str) -> Plan:
+    shape, strides, dtype = source
+    batch, rows, frames, inner = shape
+    constants = plan(shape, knots, dtype.itemsize, boundary)
     tiles_t = triton.cdiv(frames, constants["BLOCK_T"])
     n, outer = (rows, batch) if constants["TIME_LAST"] else (inner, batch * rows)
-    grid = (outer * tiles_t * triton.cdiv(n, constants["BLOCK_N"]),)
-    with torch.cuda.device_of(x):
-        warp_kernel[grid](
-            source,
-            knots.contiguous(),
-            y,
-            rows,
-            frames,
-            inner,
-            knots.shape[1] - 1,
-            *source.stride(),
-            **constants,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    return y
+    programs = outer * tiles_t * triton.cdiv(n, constants["BLOCK_N"])
+    return Plan(warp_kernel, programs, (rows, frames, inner, knots - 1, *strides), **constants)

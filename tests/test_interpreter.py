@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("[a-z]*.py"))
-ROOMS = [*KERNELS, "velocity", "properties"]
+ROOMS = [*KERNELS, "launches", "velocity", "properties"]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")

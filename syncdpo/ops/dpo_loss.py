@@ -164,9 +164,12 @@ def _kernels():
     return dpo_loss
 
 
-def _forward(policy, reference, target, seed, mask, reference_error, pair_weight, options):
-    run = _kernels()._fwd if options.impl == "kernel" else forward_reference
-    return run(policy, reference, target, seed, mask, reference_error, pair_weight, options)
+def _forward(*arguments, compiled=False):
+    """`arguments` as of the reference. Compiled code may be captured in graphs whose memory is
+    theirs alone, so there the kernel keeps nothing from call to call."""
+    if arguments[-1].impl == "kernel":
+        return _kernels()._fwd(*arguments, keep_counters=not compiled)
+    return forward_reference(*arguments)
 
 
 def _backward(grad, slope, policy, target, seed, mask, options):
@@ -215,8 +218,9 @@ _OPTIONS_SCHEMA = (
 )
 def _dpo_loss_op(policy, reference, target, seed, mask, reference_error, pair_weight, *options):
     return _forward(
-        policy, reference, target, seed, mask, reference_error, pair_weight, Options(*options)
-    )
+        policy, reference, target, seed, mask, reference_error, pair_weight, Options(*options),
+        compiled=True,
+    )  # fmt: skip
 
 
 @_dpo_loss_op.register_fake

@@ -1,0 +1,84 @@
+"""A launch is remembered by shapes, strides, dtypes and alignment, and must fit nothing else."""
+
+import pytest
+import torch
+
+from syncdpo.ops import dpo_loss, noise, paired_noise, warp
+from syncdpo.testing import assert_within_budget, predictions, restride
+
+pytestmark = pytest.mark.kernel
+# The second call runs what the first one left; the third, at other addresses, must not.
+MEMORY = ("contiguous", "contiguous", "offset", "contiguous", "offset")
+SHAPES = ((4, 33, 16), (4, 9, 8))
+
+
+@pytest.fixture(autouse=True)
+def kernels_alone(impl):
+    if impl != "kernel":
+        pytest.skip("the references launch nothing")
+
+
+def test_the_loss_wherever_its_tensors_lie(impl, device):
+    policy, reference, target = predictions(*SHAPES, dtype=torch.bfloat16, device=device)
+    exact, exact_grads = loss_and_gradients(policy, reference, target, impl="reference")
+    for memory in MEMORY:
+        own = [restride(p, memory) for p in policy]
+        loss, grads = loss_and_gradients(own, reference, target, impl=impl)
+        torch.testing.assert_close(loss, exact, rtol=1e-5, atol=1e-6)
+        for grad, expected in zip(grads, exact_grads, strict=True):
+            assert_within_budget(grad, expected.float(), ulps=2)
+
+
+def loss_and_gradients(policy, reference, target, **options):
+    leaves = [p.detach().requires_grad_() for p in policy]
+    loss = dpo_loss(leaves, reference, target, beta=9.0, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), leaves)
+
+
+def test_noise_and_warp_wherever_their_tensors_lie(impl, device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 32, 16, generator=generator).to(device)
+    seed = torch.arange(3, device=device)
+    sigma = torch.tensor([0.2, 0.5, 0.9], device=device)
+    knots = torch.tensor([0.0, 9.5, 31.0], device=device).expand(3, -1)
+    noised = paired_noise(x, None, sigma, seed, impl="reference")
+    warped = warp(x, knots, impl="reference")
+    for memory in MEMORY:
+        own = restride(x, memory)
+        assert_within_budget(paired_noise(own, None, sigma, seed, impl=impl), noised, ulps=100)
+        assert_within_budget(warp(own, knots, impl=impl), warped, ulps=4)
+
+
+def test_a_stream_number_of_its_own_is_no_other_launch_s(impl, device):
+    """Triton compiles 1 and multiples of 16 apart from other numbers."""
+    seed = torch.arange(2, device=device)
+    for stream in (0, 1, 2, 16, 1, 3):
+        expected = noise((2, 100), seed, stream=stream, impl="reference")
+        assert_within_budget(noise((2, 100), seed, stream=stream, impl=impl), expected, ulps=100)
+
+
+def test_the_counters_are_left_as_zeros(impl, device):
+    """Launches of a stream share them: of any batch, with or without a mean, backward between."""
+    for batch in (1, 3, 2, 5, 1):
+        shapes = [(2 * batch, *shape[1:]) for shape in SHAPES]
+        policy, reference, target = predictions(*shapes, device=device)
+        for reduction in ("mean", "none", "mean"):
+            loss, _ = loss_and_gradients(policy, reference, target, reduction=reduction, impl=impl)
+            options = {"reduction": reduction, "impl": "reference"}
+            exact, _ = loss_and_gradients(policy, reference, target, **options)
+            torch.testing.assert_close(loss, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_streams_beside_each_other_have_counters_of_their_own(impl, device):
+    policy, reference, target = predictions((8, 4096, 64), (8, 126, 128), device=device)
+    exact = dpo_loss(policy, reference, target, beta=9.0, impl=impl)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    losses = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                losses.append(dpo_loss(policy, reference, target, beta=9.0, impl=impl))
+    torch.cuda.synchronize()
+    assert all(torch.equal(loss, exact) for loss in losses)

@@ -1,15 +1,20 @@
-"""Everything that only a GPU can show, in one command of under ten minutes.
+"""Everything that only a GPU can show, in stages, the most telling first; ten minutes for all.
 
-    python benchmarks/gpu_check.py [--dry-run] [--skip-sanitizer] [--output FILE]
+    python benchmarks/gpu_check.py [--stages 1,2,3] [--seconds N] [--output FILE] [--dry-run]
 
-In turn: each op captured in a CUDA graph and replayed; the same bits from run to run and beside
-other work; side by side, the tests of the ops on CUDA (kernels against references, opcheck,
-torch.compile, peak memory) and compute-sanitizer over one call of each op; the benchmarks, alone.
-The results go to benchmarks/results/<gpu>-<date>.json, after each check what is known by then; the
-exit code is the number of failed checks.
+1  one call of each op against its reference, twice, so that the remembered launch runs too
+2  the tests of the ops on CUDA: kernels against references, opcheck, torch.compile, peak memory
+3  the benchmarks, and what of benchmarks/goals.py is reached
+4  benchmarks/sweep.py: are the kernels' constants the best ones?
+5  benchmarks/ltx2_step.py: a training step of LTX-2 at full size, with random weights
+6  the same bits from run to run, CUDA graphs, the embedded model trained by the kernels, and
+   compute-sanitizer (memcheck, racecheck, initcheck) over one call of each op
 
-It needs no network, and of the packages for development pytest and pytest-benchmark. To install on
-such a machine: pip install --no-build-isolation --no-deps .
+What is known goes to benchmarks/results/<gpu>-<date>.json as soon as a check ends; a check that
+finds no time left says so. The exit code is the number of checks that failed.
+
+It needs no network, and of the packages for development pytest and pytest-benchmark; stages 5 and 6
+say what else they need. To install on such a machine: pip install --no-build-isolation --no-deps .
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import argparse
 import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,6 +36,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import goals
 import torch
 import triton
 
@@ -38,25 +45,28 @@ from syncdpo.testing import predictions
 
 ROOT = Path(__file__).parent.parent
 OPS = ("dpo_loss", "paired_noise", "temporal_warp", "segment_replace")
-ROOMS = (*OPS, "dpo_loss_inputs", "segment_replace_kernels", "velocity", "properties")
+ROOMS = (*OPS, "launches", "dpo_loss_inputs", "segment_replace_kernels", "velocity", "properties")
+STAGES = (1, 2, 3, 4, 5, 6)
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
           "-p", "no:cacheprovider"]  # fmt: skip
-# Seconds after which a command is given up, and all of them together.
-LONGEST = {"tests": 240, "sanitizer": 240, "benchmark": 200}
-END = time.monotonic() + 580
+# Seconds after which a check is given up.
+LONGEST = {"tests": 150, "benchmark": 90, "sweep": 100, "step": 170, "sanitizer": 150, "train": 120}
 SHAPES = ((4, 1024, 128), (4, 126, 128))
+# What a reference and a kernel may differ by at a glance; the tests say how much exactly.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
 
 # ---------------------------------------------------------------- one call of each op
 
 
-def calls(device: str) -> dict[str, Callable[[], list[torch.Tensor]]]:
+def calls(device: str, impl: str = "auto") -> dict[str, Callable[[], list[torch.Tensor]]]:
     """Each op on fixed inputs; the results of one call, gradients included."""
     policy, reference, clean = predictions(*SHAPES, dtype=torch.bfloat16, device=device)
     policy = [p.requires_grad_() for p in policy]
     seed, sigma = torch.arange(2, device=device), torch.tensor([0.2, 0.7], device=device)
     target = [ops.Velocity(x, seed, stream) for stream, x in enumerate(clean)]
-    video = torch.randn(2, 48, 16, device=device)
-    audio = torch.randn(2, 16_000, device=device)
+    generator = torch.Generator().manual_seed(0)
+    video = torch.randn(2, 48, 16, generator=generator).to(device)
+    audio = torch.randn(2, 16_000, generator=generator).to(device)
     start, length = torch.tensor([0.1, 0.5], device=device), torch.tensor([0.3, 0.2], device=device)
     donor = torch.arange(2, device=device)
     segments = ops.Segments(start, length, donor, start + 0.4)
@@ -65,26 +75,48 @@ def calls(device: str) -> dict[str, Callable[[], list[torch.Tensor]]]:
     rates = {"video_rate": 24.0, "audio_rate": 8000.0}
 
     def loss():
-        value, stats = ops.dpo_loss(policy, reference, target, beta=[9.0, 9.0], return_stats=True)
+        value, stats = ops.dpo_loss(
+            policy, reference, target, beta=[9.0, 9.0], return_stats=True, impl=impl
+        )
         return [value.detach(), *stats, *torch.autograd.grad(value, policy)]
+
+    def noised():
+        halves = [[x.chunk(2)[half] for x in clean] for half in (0, 1)]
+        return list(ops.paired_noise(*halves, sigma, seed, impl=impl))
 
     def in_place():
         both = video.clone(), audio.clone()
-        return list(ops.replace_segments(*both, swapped, crossfade=0.05, out=both, **rates))
+        options = {"crossfade": 0.05, "out": both, "impl": impl} | rates
+        return list(ops.replace_segments(*both, swapped, **options))
 
     return {
         "dpo_loss": loss,
-        "paired_noise": lambda: list(
-            ops.paired_noise([x[:2] for x in clean], [x[2:] for x in clean], sigma, seed)
+        "paired_noise": noised,
+        "noise": lambda: [ops.noise((2, 5000), seed, impl=impl)],
+        "scale": lambda: [ops.scale(video, rate, impl=impl)],
+        "replace_segments": lambda: list(
+            ops.replace_segments(video, audio, segments, impl=impl, **rates)
         ),
-        "noise": lambda: [ops.noise((2, 5000), seed)],
-        "scale": lambda: [ops.scale(video, rate)],
-        "replace_segments": lambda: list(ops.replace_segments(video, audio, segments, **rates)),
         "replace_segments in place": in_place,
     }
 
 
 # ---------------------------------------------------------------- the checks
+
+
+def check_first_calls(device: str) -> str:
+    expected = {name: call() for name, call in calls(device, "reference").items()}
+    for name, call in calls(device).items():
+        for again in (False, True):
+            for ours, theirs in zip(call(), expected[name], strict=True):
+                wrong = f"{name}, {'second' if again else 'first'} call"
+                tolerance = TOLERANCE[theirs.dtype]
+                scale = theirs.abs().max().item()
+                torch.testing.assert_close(
+                    ours, theirs, rtol=tolerance, atol=tolerance * scale,
+                    msg=lambda text, wrong=wrong: f"{wrong}: {text}",
+                )  # fmt: skip
+    return f"{len(expected)} calls as their references"
 
 
 def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
@@ -125,95 +157,200 @@ def check_bits(runs: int = 50) -> str:
     return f"{runs} runs alike"
 
 
-def check_tests() -> str:
+def check_tests(check: Check) -> str:
     files = [ROOT / "tests" / f"test_{room}.py" for room in ROOMS]
-    parallel = ["-n", "6"] if find_spec("xdist") else []
-    return _run([*PYTEST, *parallel, *files], LONGEST["tests"]).strip().splitlines()[-1]
+    if check.dry:
+        return last_line(check.run([*PYTEST, "--collect-only", *files]))
+    # Compiling is most of it, and the processor's work; each worker has a context on the GPU.
+    parallel = ["-n", str(min(12, os.cpu_count()))] if find_spec("xdist") else []
+    return last_line(check.run([*PYTEST, *parallel, *files]))
 
 
-def check_sanitizer(kind: str) -> str:
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return "no compute-sanitizer here"
-    command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--once"]
-    # Each tensor in an allocation of its own, so that its bounds and its first writes are seen.
-    _run(command, LONGEST["sanitizer"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return "nothing found"
-
-
-def check_benchmark(file: Path, results: dict) -> str:
+def check_benchmark(check: Check, file: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmarks.json"
-        print(_run([*PYTEST, f"--benchmark-json={output}", file], LONGEST["benchmark"]))
-        rows = json.loads(output.read_text())["benchmarks"]
-    results["benchmarks"] |= {row["name"]: row["extra_info"] for row in rows}
+        command = [*PYTEST, f"--benchmark-json={output}", file]
+        if check.dry:  # the ways that need no compiler, on what is small
+            command += ["-k", "not compile and not slicing and not reference and not raw"]
+            return last_line(check.run(command))
+        try:
+            print(check.run(command).split("- benchmark:")[0], flush=True)
+        finally:
+            rows = json.loads(output.read_text())["benchmarks"] if output.exists() else []
+            check.results["benchmarks"] |= {row["name"]: row["extra_info"] for row in rows}
     return f"{len(rows)} rows"
 
 
-def _run(command: list, seconds: float, **environment: str) -> str:
-    """Output of a command, run where the source tree does not hide the installed package."""
-    known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    seconds = min(seconds, max(END - time.monotonic(), 1))
+def check_script(check: Check, name: str) -> str:
+    """A script that keeps its results as they come; what it has by the end is kept here."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            command, cwd=folder, env=known | environment, capture_output=True, text=True,
-            timeout=seconds, check=False,
-        )  # fmt: skip
-    text = done.stdout[-6000:] + done.stderr[-2000:]
-    assert done.returncode == 0, f"{command[0]}: exit {done.returncode}\n{text}"
-    return done.stdout
+        output = Path(folder) / "results.json"
+        command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--output", output]
+        command += ["--dry-run"] if check.dry else ["--seconds", str(int(check.left() - 10))]
+        try:
+            said = check.run(command)
+            print("" if check.dry else said, flush=True)
+        finally:
+            if output.exists() and output.read_text():
+                check.results[name] = json.loads(output.read_text())
+    return last_line(said)
 
 
-# ---------------------------------------------------------------- the command
+def check_training(check: Check) -> str:
+    if missing := [name for name in ("diffusers", "peft", "accelerate") if not find_spec(name)]:
+        return f"left out: the embedded model needs {', '.join(missing)}"
+    test = ROOT / "tests" / "test_trained_by_kernels.py"
+    return last_line(check.run([*PYTEST, *(["--collect-only"] if check.dry else []), test]))
 
 
-def attempt(name: str, check: Callable[[], str], results: dict) -> None:
+def check_sanitizer(check: Check, kind: str) -> str:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        return "left out: no compute-sanitizer here; it comes with CUDA's toolkit"
+    command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--once"]
+    # Each tensor in an allocation of its own, so that its bounds and its first writes are seen.
+    check.run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return "nothing found"
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+# ---------------------------------------------------------------- running them
+
+
+class Check:
+    """One check: what it may take, where its results go, and whether it only shows that it runs."""
+
+    def __init__(self, results: dict, end: float, kind: str, dry: bool) -> None:
+        self.results, self.dry = results, dry
+        self.end = min(end, time.monotonic() + LONGEST[kind])
+
+    def left(self) -> float:
+        return max(self.end - time.monotonic(), 1.0)
+
+    def run(self, command: list, **environment: str) -> str:
+        """Output of a command, run where the source tree does not hide the installed package."""
+        known = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                command, cwd=folder, env=known | environment, capture_output=True, text=True,
+                timeout=self.left(), check=False,
+            )  # fmt: skip
+        text = done.stdout[-6000:] + done.stderr[-2000:]
+        assert done.returncode == 0, f"{Path(command[0]).name}: exit {done.returncode}\n{text}"
+        return done.stdout
+
+
+def attempt(name: str, check: Callable[[], str], results: dict, end: float) -> None:
     start = time.perf_counter()
     try:
+        assert time.monotonic() < end, "not run: no time left; --stages picks it alone"
         outcome, passed = check(), True
-    except (AssertionError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"")[-2000:].decode(errors="replace")
+        outcome, passed = f"given up after {error.timeout:.0f} s\n{said}", False
+    except (AssertionError, RuntimeError, OSError) as error:
         outcome, passed = str(error), False
     seconds = round(time.perf_counter() - start, 1)
     results["checks"][name] = {"passed": passed, "outcome": outcome, "seconds": seconds}
     print(f"{'ok  ' if passed else 'FAIL'} {name} ({seconds} s): {outcome}", flush=True)
 
 
-def checks(sanitizer: bool, results: dict) -> Iterator[dict[str, Callable[[], str]]]:
-    """What is checked, in steps; what shares a step runs side by side."""
-    yield {"CUDA graphs": check_graphs}
-    yield {"the same bits": check_bits}
-    kinds = ("memcheck", "racecheck", "initcheck") if sanitizer else ()
-    yield {"tests": check_tests} | {kind: partial(check_sanitizer, kind) for kind in kinds}
-    for file in sorted((ROOT / "benchmarks").glob("bench_*.py")):
-        yield {file.stem: partial(check_benchmark, file, results)}
+def steps(
+    stages: list[int], results: dict, end: float, dry: bool, sanitizer: bool
+) -> Iterator[dict[str, Callable[[], str]]]:
+    """What is checked, stage by stage; what shares a step runs side by side."""
+
+    def of(function: Callable, kind: str, *arguments) -> Callable[[], str]:
+        return lambda: function(Check(results, end, kind, dry), *arguments)
+
+    device = "cpu" if dry else "cuda"
+    if 1 in stages:
+        yield {"first calls": partial(check_first_calls, device)}
+    if 2 in stages:
+        yield {"tests": of(check_tests, "tests")}
+    if 3 in stages:
+        for file in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+            yield {file.stem: of(check_benchmark, "benchmark", file)}
+    if 4 in stages:
+        yield {"sweep": of(check_script, "sweep", "sweep")}
+    if 5 in stages:
+        yield {"LTX-2 step": of(check_script, "step", "ltx2_step")}
+    if 6 in stages:
+        if not dry:
+            yield {"CUDA graphs": check_graphs}
+            yield {"the same bits": check_bits}
+        kinds = ("memcheck", "racecheck", "initcheck") if sanitizer and not dry else ()
+        training = {"embedded model": of(check_training, "train")}
+        yield training | {kind: of(check_sanitizer, "sanitizer", kind) for kind in kinds}
+
+
+def machine() -> dict:
+    """What the results were measured on, as found."""
+    found = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+    if shutil.which("nvidia-smi"):
+        query = [f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+        said = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=False)
+        found |= dict(zip(asked, said.stdout.strip().split(", "), strict=False))
+    return found
+
+
+def stages_of(text: str) -> list[int]:
+    stages = [int(part) for part in text.split(",")]
+    if unknown := set(stages) - set(STAGES):
+        raise ValueError(f"expected some of {STAGES}, got {sorted(unknown)}")
+    return stages
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check on a GPU what only a GPU can show.")
-    parser.add_argument("--dry-run", action="store_true", help="one call of each op on the CPU")
-    parser.add_argument("--once", action="store_true", help="one call of each op on the GPU")
-    parser.add_argument("--skip-sanitizer", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", type=stages_of, default=list(STAGES), metavar="1,2,…")
+    parser.add_argument("--seconds", type=float, default=580, help="for all stages together")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>-<date>.json")
+    parser.add_argument("--skip-sanitizer", action="store_true")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="each stage as far as a CPU takes it"
+    )
+    parser.add_argument("--once", action="store_true", help="one call of each op on the GPU")
     arguments = parser.parse_args()
-    if arguments.dry_run or arguments.once:
-        for name, call in calls("cpu" if arguments.dry_run else "cuda").items():
+    if not arguments.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU here; --dry-run goes through the stages as far as a CPU takes them")
+    if arguments.once:
+        for name, call in calls("cuda").items():
             call()
+            torch.cuda.synchronize()
             print(f"ok   {name}")
         return 0
-    if not torch.cuda.is_available():
-        parser.error("no GPU here; --dry-run makes one call of each op on the CPU")
 
-    gpu, date = torch.cuda.get_device_name(), datetime.date.today().isoformat()
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    results = {"gpu": gpu, "date": date, **versions, "checks": {}, "benchmarks": {}}
-    print(gpu, versions, flush=True)
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"{name}-{date}.json"
+    results = {**machine(), "stages": arguments.stages, "checks": {}, "benchmarks": {}}
+    print(*(f"{name} {value}" for name, value in results.items() if value), sep=", ", flush=True)
+    name = re.sub(r"[^a-z0-9]+", "-", results["gpu"].lower()).strip("-")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"{name}-{results['date']}.json"
+    if arguments.output is None and arguments.dry_run:
+        output = Path(tempfile.gettempdir()) / "gpu-check-dry-run.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    for step in checks(not arguments.skip_sanitizer, results):
+    end = time.monotonic() + arguments.seconds
+    for step in steps(
+        arguments.stages, results, end, arguments.dry_run, not arguments.skip_sanitizer
+    ):
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda item: attempt(*item, results), step.items()))
-        output.write_text(json.dumps(results, indent=1) + "\n")
+            list(pool.map(lambda item: attempt(*item, results, end), step.items()))
+        results["goals"] = goals.table(results)
+        output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    if results["benchmarks"]:
+        print(goals.text(results["goals"]))
     print(f"written to {output}")
     return sum(not check["passed"] for check in results["checks"].values())
 

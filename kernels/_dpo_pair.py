@@ -8,7 +8,7 @@ GAIN = tl.constexpr(0)  # (p − r)·(p + r − 2y)
 POLICY = tl.constexpr(2)  # (p − y)²
 REFERENCE = tl.constexpr(4)  # (r − y)²
 SELECTED = tl.constexpr(6)  # the mask
-PARTIALS_PER_TILE = tl.constexpr(4096)
+PARTIALS_PER_TILE = tl.constexpr(512)  # of each quantity, read at once when they are added up
 
 OBJECTIVES = ("sigmoid", "hinge", "ipo")
 SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)
@@ -24,17 +24,29 @@ def pair_row(i_pair, batch, half: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def add_up(partials, sums, i_pair, chunks, total, QUANTITIES: tl.constexpr):
-    """Partial sums of every modality of a pair, added in a fixed order → sums [M, QUANTITIES]."""
-    quantity = tl.arange(0, QUANTITIES)
-    TILE: tl.constexpr = PARTIALS_PER_TILE // QUANTITIES
-    p_partials = partials + (i_pair.to(tl.int64) * QUANTITIES + quantity[:, None]) * total
-    for m in tl.static_range(len(chunks)):
-        added = tl.zeros([QUANTITIES, TILE], tl.float32)
-        for i_tile in range(0, chunks[m], TILE):
-            chunk = i_tile + tl.arange(0, TILE)[None, :]
-            added += tl.load(p_partials + chunk, chunk < chunks[m], 0.0, cache_modifier=".cg")
-        tl.store(sums + m * QUANTITIES + quantity, tl.sum(added, 1))
-        p_partials += chunks[m]
+    """Partial sums of every modality of a pair, added in a fixed order → sums [M, QUANTITIES].
+
+    All modalities at once: their loads are under way together, and wait for memory once.
+    """
+    MODALITIES: tl.constexpr = len(chunks)
+    ROWS: tl.constexpr = triton.next_power_of_2(MODALITIES)
+    TILE: tl.constexpr = PARTIALS_PER_TILE // ROWS
+    m = tl.arange(0, ROWS)[:, None, None]
+    quantity = tl.arange(0, QUANTITIES)[None, :, None]
+    first, end = tl.zeros_like(m), tl.zeros_like(m)
+    border = 0
+    for i in tl.static_range(MODALITIES):
+        first = tl.where(m == i, border, first)
+        border += chunks[i]
+        end = tl.where(m == i, border, end)
+    p_partials = partials + (i_pair.to(tl.int64) * QUANTITIES + quantity) * total
+    added = tl.zeros([ROWS, QUANTITIES, TILE], tl.float32)
+    for i_tile in range(0, total, TILE):
+        chunk = i_tile + tl.arange(0, TILE)[None, None, :]
+        own = (chunk >= first) & (chunk < end)
+        added += tl.load(p_partials + chunk, own, 0.0, cache_modifier=".cg")
+    p_sums = sums + m * QUANTITIES + quantity
+    tl.store(p_sums, tl.sum(added, 2, keep_dims=True), m < MODALITIES)
     tl.debug_barrier()
 
 

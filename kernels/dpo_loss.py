@@ -335,6 +335,7 @@ def _forward_plan(
     total = sum(own.chunks for own in layouts)
     everything = normalize or stats or any(masked)
     quantities = 8 if everything else 4 if has_sft or not has_reference else 2
+    mean = mean and batch > 1  # one pair is its own mean
     constants = (
         quantities, has_reference, has_weight, OBJECTIVES.index(objective), separate, normalize,
         interleaved, mean, stats,

@@ -102,13 +102,17 @@ def _noise_chunk(
         own = offsets(start[:, None], lane, (count,), (1,), True, ALIGN_OUT)
         inside = own < count
         offset = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN_WIN)
-        scaled = b_sigma * normals(start, stream, b_seed, VEC)
-        noised = tl.fma(load(p_win + offset, inside, EVEN), b_clean, scaled)
-        store(p_out_win + own, noised, inside, EVEN)
+        b_win = load(p_win + offset, inside, EVEN)
+        b_lose = b_win
         if not SHARED:
             p_lose = row_start(lose, i_pair, rows[1], ALIGN_LOSE)
             offset = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN_LOSE)
-            noised = tl.fma(load(p_lose + offset, inside, EVEN), b_clean, scaled)
+            b_lose = load(p_lose + offset, inside, EVEN)
+        scaled = b_sigma * normals(start, stream, b_seed, VEC)  # while both are on their way
+        noised = tl.fma(b_win, b_clean, scaled)
+        store(p_out_win + own, noised, inside, EVEN)
+        if not SHARED:
+            noised = tl.fma(b_lose, b_clean, scaled)
         store(p_out_lose + own, noised, inside, EVEN)
 
 

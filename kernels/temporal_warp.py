@@ -61,7 +61,7 @@ def taps(p_knots, output, frames, segments, DENSE: tl.constexpr, BOUNDARY: tl.co
     return inside(index, frames, BOUNDARY), inside(index + 1, frames, BOUNDARY), delta - whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])  # one segment is a number like others, no constant
 def warp_kernel(
     p_x,  # [B, P, T, Q], any strides
     p_knots,  # [B, K] float32, contiguous

@@ -56,9 +56,9 @@ def fused(policy, reference, target):
 def loss_step(loss):
     """From predictions to the gradient."""
 
-    def step(policy, reference, target, *_):
+    def step(policy, reference, target, *others):
         value = loss(policy, reference, target)
-        return value.detach(), torch.autograd.grad(value, policy)
+        return value.detach(), torch.autograd.grad(value, policy, others[-1])
 
     return step
 
@@ -66,7 +66,7 @@ def loss_step(loss):
 def clean_step(loss):
     """From clean latents to the gradient, with noise that is stored, as trainers do."""
 
-    def step(policy, reference, _, clean, sigma, seed):
+    def step(policy, reference, _, clean, sigma, seed, win, lose, one):
         target, noisy = [], []
         for x in clean:
             noise = torch.randn_like(x[: len(x) // 2])
@@ -75,17 +75,16 @@ def clean_step(loss):
             noisy.append((1 - level) * x + level * noise)
             target.append(noise - x)
         value = loss(policy, reference, target)
-        return value.detach(), torch.autograd.grad(value, policy), noisy
+        return value.detach(), torch.autograd.grad(value, policy, one), noisy
 
     return step
 
 
-def fused_clean_step(policy, reference, _, clean, sigma, seed):
-    win, lose = ([x.chunk(2)[half] for x in clean] for half in (0, 1))
+def fused_clean_step(policy, reference, _, clean, sigma, seed, win, lose, one):
     noisy = paired_noise(win, lose, sigma, seed)
     target = velocities(clean, seed)
     value = dpo_loss(policy, reference, target, beta=BETA)
-    return value.detach(), torch.autograd.grad(value, policy), noisy
+    return value.detach(), torch.autograd.grad(value, policy, one), noisy
 
 
 def velocities(clean, seed):
@@ -103,7 +102,10 @@ def inputs(request, device):
     clean, _, _ = predictions(*shapes, dtype=torch.bfloat16, device=device, seed=1)
     policy = [p.requires_grad_() for p in tensors[0]]
     sigma = torch.rand(batch, device=device)
-    return policy, *tensors[1:], clean, sigma, torch.arange(batch, device=device)
+    # Winners and losers, and one for the loss's own gradient, are at hand in a trainer.
+    win, lose = ([x.chunk(2)[half] for x in clean] for half in (0, 1))
+    seed, one = torch.arange(batch, device=device), torch.ones((), device=device)
+    return policy, *tensors[1:], clean, sigma, seed, win, lose, one
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -128,7 +130,7 @@ def test_loss(measure, inputs, way):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_pass(measure, inputs, direction, target):
     """Without autograd, whose backward would run on another stream than the one captured."""
-    policy, reference, given, clean, _, seed = inputs
+    policy, reference, given, clean, _, seed, *_, one = inputs
     rebuilt = target == "rebuilt"
     options = op.Options(
         beta=list(BETA), stream=[0, 1], sign=[int(rebuilt)] * 2, objective="sigmoid",
@@ -142,13 +144,12 @@ def test_pass(measure, inputs, direction, target):
         return op._forward(plain, reference, wanted, seeds, [None] * 2, None, None, options)
 
     loss, *_, slope = forward()
-    one = torch.ones_like(loss)
 
     def backward():
         return op._backward(one, slope, plain, wanted, seeds, [None] * 2, options)
 
     truth = targets(clean, seed) if rebuilt else given
-    exact, exact_grads = loss_step(stable)(policy, reference, truth)
+    exact, exact_grads = loss_step(stable)(policy, reference, truth, one)
     # A target that is stored has been rounded to bfloat16 once more than one that is rebuilt.
     torch.testing.assert_close(loss, exact, rtol=1e-2 if rebuilt else 1e-5, atol=0)
     for grad, expected in zip(backward(), exact_grads, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncdpo.ops.segment_replace import Segments, replace_segments
 from syncdpo.ops.temporal_warp import resample
-from syncdpo.timeline import Timeline
+from syncdpo.timeline import Timeline, longer_frames
 
 RULES = ("shift", "scale", "warp", "replace")
 SHIFT, SCALE, WARP, REPLACE = range(len(RULES))
@@ -21,14 +21,16 @@ PER_SAMPLE = ("knots", "start", "length", "donor_start", "duration", "rule")
 class Distortion:
     """One map of time per sample: a warp, or one segment replaced by another of the same clip.
 
+    It acts on the stretch [0, duration) of a clip and leaves frames that are centred past it alone.
+
     Attributes:
         knots: [B, K] float32 seconds, the source times of K output times evenly spaced over
             [0, duration]; those output times themselves where the rule is Replace.
         start, length, donor_start: [B] float32 seconds; length 0 where nothing is replaced.
-        duration: [B] float32 seconds.
+        duration: [B] float32 seconds; a stream may be longer.
         rule: [B] int64, an index of `RULES`.
-        boundary: what a warp reads outside the clip: "edge" (its first or last frame), "wrap"
-            (the clip again) or "reflect" (the clip backwards).
+        boundary: what a warp reads outside the stretch: "edge" (its first or last frame), "wrap"
+            (the stretch again) or "reflect" (the stretch backwards).
         crossfade: seconds of blend at the seams of a replaced segment.
         warps, replaces: whether any sample may be warped, or have a segment replaced.
     """
@@ -77,38 +79,52 @@ class Distortion:
         """One stream with its segments replaced, and not warped."""
         return self._replace(x, timeline) if self.replaces else x
 
-    def aligned(self, own: Timeline, shared: Timeline, matched: Tensor) -> Distortion:
+    def aligned(self, own: Timeline, other: Timeline, matched: Tensor) -> Distortion:
         """The nearest distortion made of whole frames, which blur nothing and keep streams in step.
 
         A shift moves by whole frames of `own`, the stream to distort; rounded up, so that it stays
         noticeable. A segment begins and ends with frames of `own`, in matched samples with those
-        of `shared`, the stream with the longer frames: there both streams cut at the same times.
+        of whichever stream has the longer frames: there both streams cut at the same times.
         """
         whole = (self.displacement.abs() * own.rate - 1e-3).ceil() / own.rate
         shifted = self.knots + (whole * self.displacement.sign() - self.displacement)
         knots = torch.where((self.rule == SHIFT)[:, None], shifted, self.knots)
-        times = (self.start, self.length, self.donor_start)
-        pairs = zip(_on_frames(*times, shared), _on_frames(*times, own), strict=True)
+        pairs = zip(self._on_frames(own, other), self._on_frames(own), strict=True)
         start, length, donor = (torch.where(matched, a, b) for a, b in pairs)
         return replace(self, knots=knots, start=start, length=length, donor_start=donor)
+
+    def _on_frames(self, *timelines: Timeline) -> tuple[Tensor, Tensor, Tensor]:
+        """The segment moved to whole frames of the longer kind, where all streams' are even."""
+        grid = longer_frames(*timelines)
+        lowest = max(grid.next_border(timeline.even_from) for timeline in timelines)
+        end = grid.border(self.duration).clamp(min=lowest)
+        count = (self.length * grid.rate + 1e-3).floor().minimum(end - lowest)
+        start = grid.border(self.start).clamp(min=lowest).minimum(end - count)
+        donor = grid.border(self.donor_start).clamp(min=lowest).minimum(end - count)
+        return grid.begins(start), count / grid.rate, grid.begins(donor)
 
     def _warp(self, x: Tensor, timeline: Timeline) -> Tensor:
         frame = torch.arange(timeline.frames, device=x.device, dtype=torch.float32)
         output = timeline.seconds(frame)
-        delta = timeline.position(self.source(output, timeline)) - timeline.position(output)
+        delta = timeline.position(self.source(output)) - timeline.position(output)
         whole = delta.round()
         rounding = timeline.frames * 2.0**-20
         delta = torch.where((delta - whole).abs() <= rounding, whole, delta)
+        delta = torch.where(output < self.duration[:, None], delta, 0.0)
         return resample(x, frame + delta, dim=timeline.dim, frames=timeline.frames)
 
-    def source(self, output: Tensor, timeline: Timeline) -> Tensor:
+    def source(self, output: Tensor) -> Tensor:
         """The times in the clip, [B, T] seconds, that a warp plays at the output times [T]."""
-        return self._inside(output + self._displacement_at(output), timeline.duration)
+        return self._inside(output + self._displacement_at(output))
 
-    def _inside(self, source: Tensor, duration: float) -> Tensor:
-        """The boundary, in seconds: frames of unequal length would put streams out of step."""
+    def _inside(self, source: Tensor) -> Tensor:
+        """The boundary, in seconds: frames of unequal length would put streams out of step.
+
+        It is that of the stretch, not of a stream: streams of unequal length stay in step, too.
+        """
+        duration = self.duration[:, None]
         if self.boundary == "edge":
-            return source.clamp(0, duration)
+            return source.clamp(min=0).minimum(duration)
         if self.boundary == "wrap":
             return source - duration * (source / duration).floor()
         mirrored = duration - (duration - source.remainder(2 * duration)).abs()
@@ -124,9 +140,7 @@ class Distortion:
         return here + (place - segment) * (there - here)
 
     def _replace(self, x: Tensor, timeline: Timeline) -> Tensor:
-        start = timeline.border(self.start)
-        length = timeline.border(self.start + self.length) - start
-        donor_start = timeline.border(self.donor_start).minimum(timeline.frames - length)
+        start, length, donor_start = self.segment(timeline)
         itself = torch.arange(x.shape[0], device=x.device)
         replaced, _ = replace_segments(
             timeline.as_frames(x),
@@ -139,15 +153,17 @@ class Distortion:
         )
         return replaced.reshape(x.shape)
 
+    def segment(self, timeline: Timeline) -> tuple[Tensor, Tensor, Tensor]:
+        """First frame, count and first donor frame of what is replaced in a stream, whole floats.
 
-def _on_frames(start: Tensor, length: Tensor, donor: Tensor, timeline: Timeline) -> tuple:
-    """The segment moved to whole frames of one length: not frame 0 where that one is shorter."""
-    lowest = 0 if timeline.first == timeline.stride else 1
-    count = (length * timeline.rate + 1e-3).floor()
-    highest = timeline.frames - count
-    start = timeline.border(start).clamp(min=lowest).minimum(highest)
-    donor = timeline.border(donor).clamp(min=lowest).minimum(highest)
-    return timeline.begins(start), count / timeline.rate, timeline.begins(donor)
+        The donor is as far from the segment as the seconds say, rounded once; were both ends
+        rounded, streams would get out of step by as much as a frame.
+        """
+        start = timeline.border(self.start).clamp(max=timeline.frames)
+        end = timeline.border(self.start + self.length).clamp(max=timeline.frames)
+        distance = ((self.donor_start - self.start) * timeline.rate + 0.5).floor()
+        donor_start = (start + distance).minimum(timeline.frames - (end - start)).clamp(min=0)
+        return start, end - start, donor_start
 
 
 def output_times(duration: Tensor, count: int) -> Tensor:

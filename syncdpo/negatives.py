@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from syncdpo.distortion import Distortion, select
 from syncdpo.ops._checks import check_choice
 from syncdpo.rules import Mixture, Pair, Replace, Rule, Scale, Shift, Warp, parse_rule, per_sample
-from syncdpo.timeline import Timeline
+from syncdpo.timeline import Timeline, longer_frames
 
 __all__ = [
     "Mixture",
@@ -145,18 +145,23 @@ def draw_pairs(
         raise ValueError(f"matched: expected a share in [0, 1], got {matched}")
     timelines = (video_timeline, audio_timeline)
     distorted = ("video", "audio").index(streams)
-    own, shared = timelines[distorted], min(timelines, key=lambda timeline: timeline.rate)
-    duration = min(timeline.duration for timeline in timelines)
+    own, other = timelines[distorted], timelines[1 - distorted]
+    shared = longer_frames(own, other)
+    end = min(timeline.duration for timeline in timelines)
+    within, both_within = own.until(end), shared.until(end)
 
     is_matched = _chances(batch, device, generator) < matched
     difficulty = per_sample("difficulty", difficulty, is_matched)
-    grain = torch.where(is_matched, 1 / shared.rate, 1 / own.rate)
-    tries = [
-        tuple(distortion.aligned(own, shared, is_matched) for distortion in pair)
-        for pair in rule.draw_tries(
-            is_matched, difficulty, duration, grain=grain, generator=generator
-        )
-    ]
+    tries = rule.draw_tries(
+        is_matched,
+        difficulty,
+        # Even frames of the loser's stream: a shift that wraps around moves frames onto frames.
+        within.even,
+        whole=torch.where(is_matched, both_within.duration, within.duration),
+        grain=torch.where(is_matched, 1 / shared.rate, 1 / own.rate),
+        generator=generator,
+    )
+    tries = [tuple(φ.aligned(own, other, is_matched) for φ in pair) for pair in tries]
     if matched == 0:  # known without looking at a device: the winners are the clips themselves
         tries = [(replace(first, warps=False, replaces=False), second) for first, second in tries]
     (first, second), *others = tries

@@ -46,15 +46,17 @@ Pair = tuple[Distortion, Distortion]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rule draws for: difficulty, duration and grain (seconds), [B] float32 each.
+    """What a rule draws for: difficulty, and three times in seconds, [B] float32 each.
 
-    Two distortions of a matched pair are at least `grain` apart where a rule deals in whole
-    frames. `generator` may live on another device; its numbers are then copied.
+    Distortions act on the first `duration` seconds of a clip; where a rule deals in whole frames,
+    on the first `whole` seconds, and the two of a matched pair are at least `grain` apart.
+    `generator` may live on another device; its numbers are then copied.
     """
 
     difficulty: Tensor
     duration: Tensor
     matched: Tensor
+    whole: Tensor
     grain: Tensor
     generator: Generator | None
 
@@ -109,15 +111,18 @@ class Rule:
         difficulty: float | Tensor,
         duration: float | Tensor,
         *,
+        whole: float | Tensor | None = None,
         grain: float | Tensor = 0.0,
         generator: Generator | None = None,
     ) -> Pair:
         """φ₁ and φ₂, exchangeable where `matched` [B] is true; elsewhere φ₁ is the identity.
 
         Both are apart by the amount that the difficulty asks for: in a matched pair by halves to
-        either side, so that no more is distorted than has to be.
+        either side, so that no more is distorted than has to be. They act on the first `duration`
+        seconds, or on the first `whole` where the rule deals in whole frames (default: duration).
         """
-        return self.draw_tries(matched, difficulty, duration, grain=grain, generator=generator)[0]
+        options = {"whole": whole, "grain": grain, "generator": generator}
+        return self.draw_tries(matched, difficulty, duration, **options)[0]
 
     def draw_tries(
         self,
@@ -125,13 +130,16 @@ class Rule:
         difficulty: float | Tensor,
         duration: float | Tensor,
         *,
+        whole: float | Tensor | None = None,
         grain: float | Tensor = 0.0,
         generator: Generator | None = None,
     ) -> list[Pair]:
         """The pair that `draw_pair` draws, then those that may take its place."""
-        numbers = (("difficulty", difficulty), ("duration", duration), ("grain", grain))
-        difficulty, duration, grain = (per_sample(*number, matched) for number in numbers)
-        return self._tries(Setting(difficulty, duration, matched, grain, generator))
+        difficulty = per_sample("difficulty", difficulty, matched)
+        duration = per_sample("duration", duration, matched)
+        whole = duration if whole is None else per_sample("whole", whole, matched)
+        grain = per_sample("grain", grain, matched)
+        return self._tries(Setting(difficulty, duration, matched, whole, grain, generator))
 
     def _tries(self, setting: Setting) -> list[Pair]:
         raise NotImplementedError
@@ -271,7 +279,7 @@ class Replace(Rule):
         check_choice("placement", self.placement, PLACEMENTS)
 
     def _tries(self, setting: Setting) -> list[Pair]:
-        duration, grain = setting.duration, setting.grain
+        duration, grain = setting.whole, setting.grain
         length = setting.between(self.coarse, self.subtle) * duration
         length = length.minimum(duration - 3 * grain).maximum(grain)
         pairs = []
@@ -391,6 +399,7 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     expected, fits = {
         "difficulty": ("in [0, 1]", 0 <= value <= 1),
         "duration": ("of seconds above 0", 0 < value < math.inf),
+        "whole": ("of seconds above 0", 0 < value < math.inf),
         "grain": ("of seconds, 0 or more", 0 <= value < math.inf),
     }[name]
     if not fits:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# Frames by which two times may be apart that are the same but for float64's rounding.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,27 @@ class Timeline:
         """Seconds from the start of the first frame to the end of the last."""
         return (self._lead + self.frames - 1) / self.rate
 
+    @property
+    def even_from(self) -> float:
+        """Seconds at which the first of the frames begins that are all of one length."""
+        return 0.0 if self.first == self.stride else self._lead / self.rate
+
+    def until(self, end: float) -> Timeline:
+        """The frames that have ended by then; the first one at least."""
+        ended = math.floor(end * self.rate - self._lead + 1 + ROUNDING)
+        return replace(self, frames=min(max(ended, 1), self.frames))
+
+    @property
+    def even(self) -> float:
+        """Seconds of the frames that are all of one length, or of the only one there is."""
+        return (self.frames - self.next_border(self.even_from)) / self.rate or self.duration
+
+    def next_border(self, seconds: float) -> int:
+        """The first border at that time or after it."""
+        if seconds <= 0:
+            return 0
+        return max(math.ceil(seconds * self.rate - self._lead + 1 - ROUNDING), 1)
+
     def seconds(self, position: Tensor) -> Tensor:
         """The time at each position; the inverse of `position`."""
         before = self._lead / 2 + position * (self._lead + 1) / 2
@@ -87,3 +111,8 @@ class Timeline:
     def _lead(self) -> float:
         """Length of frame 0, in lengths of a later frame."""
         return self.first / self.stride
+
+
+def longer_frames(*timelines: Timeline) -> Timeline:
+    """Of several streams the one with the longest frames; of equals the first."""
+    return min(timelines, key=lambda timeline: timeline.rate)

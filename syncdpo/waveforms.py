@@ -53,7 +53,7 @@ def warp_keeping_pitch(audio: Tensor, distortion: Distortion, sample_rate: float
     spectrum = torch.stft(padded, 4 * hop, hop, window=window, return_complex=True)
     timeline = Timeline(frames, sample_rate / hop)
     output = timeline.seconds(torch.arange(frames, device=audio.device, dtype=torch.float32))
-    position = timeline.position(distortion.source(output, timeline)) + 1
+    position = timeline.position(distortion.source(output)) + 1
     # The windows centred just outside the clip continue their neighbours.
     position = torch.cat([position[:, :1] - 1, position, position[:, -1:] + 1], dim=1)
     warped = _resynthesised(spectrum, position.clamp(0, frames + 1))

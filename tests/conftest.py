@@ -14,6 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernel: needs a GPU or TRITON_INTERPRET=1")
+    config.addinivalue_line("markers", "slow: half a minute; `-m 'not slow'` leaves it out")
 
 
 @pytest.fixture(scope="session")

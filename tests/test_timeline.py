@@ -48,6 +48,24 @@ def test_borders_part_neighbouring_frames(timeline):
         assert torch.equal(timeline.border(begins + offset * shortest), border)
 
 
+@pytest.mark.parametrize("timeline", STREAMS)
+def test_a_part_holds_the_frames_that_have_ended(timeline):
+    ends = timeline.begins(torch.arange(1.0, timeline.frames + 1, dtype=torch.float64)).tolist()
+    for count, end in enumerate(ends, start=1):
+        assert timeline.until(end).frames == timeline.until(end + 1e-3).frames == count
+        assert timeline.until(end - 1e-3).frames == max(count - 1, 1)
+        assert timeline.next_border(end) == timeline.next_border(end - 1e-3) == count
+    assert timeline.until(2 * ends[-1]) == timeline
+    assert timeline.next_border(0.0) == 0
+
+
+def test_even_frames_leave_out_a_first_one_of_another_length():
+    assert STREAMS[0].even == STREAMS[0].duration
+    assert LTX2_VIDEO.even == 15 / LTX2_VIDEO.rate
+    assert LTX2_VIDEO.even_from == pytest.approx(1 / 24)
+    assert LTX2_VIDEO.until(0.1).even == LTX2_VIDEO.until(0.1).duration == pytest.approx(1 / 24)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"frames": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"tokens": 0}, {"first": 0}],

@@ -49,7 +49,9 @@ VERSIONS = {
 VERSIONS["2.5"] = {part: VERSIONS["2.3"][part] | VERSIONS["2.5"][part] for part in VERSIONS["2.5"]}
 
 
-def save_tiny_ltx2(folder: Path, version: str = "2.3", seed: int = 0, **connectors) -> Path:
+def save_tiny_ltx2(
+    folder: Path, version: str = "2.3", seed: int = 0, layers: int = 2, **connectors
+) -> Path:
     """Saves `LTX2Pipeline` with all its components, about 1 MB; `connectors` override settings."""
     torch.manual_seed(seed)
     options = VERSIONS[version]
@@ -63,7 +65,7 @@ def save_tiny_ltx2(folder: Path, version: str = "2.3", seed: int = 0, **connecto
         text_encoder=_text_encoder(),
         tokenizer=_tokenizer(),
         connectors=_connectors(**options["connectors"] | connectors),
-        transformer=_transformer(**options["transformer"]),
+        transformer=_transformer(num_layers=layers, **options["transformer"]),
         vocoder=LTX2Vocoder(
             in_channels=2 * BINS, hidden_channels=16, upsample_kernel_sizes=[4, 11],
             upsample_factors=[2, 5], resnet_kernel_sizes=[3], resnet_dilations=[[1]],
@@ -155,7 +157,6 @@ def _transformer(**options) -> LTX2VideoTransformer3DModel:
         "audio_num_attention_heads": HEADS,
         "audio_attention_head_dim": WIDTH // 2,
         "audio_cross_attention_dim": HEADS * WIDTH // 2,
-        "num_layers": 2,
         "caption_channels": TEXT,
     }
     return LTX2VideoTransformer3DModel(**settings | options)

@@ -113,7 +113,7 @@ def _check_tensors(policy, reference, target, mask, reference_error, pair_weight
         if p.ndim == 0 or p.shape[0] != rows or p.numel() == 0:
             expected = f"[{rows}, …], no axis empty"
             raise ValueError(f"policy[{m}]: expected {expected}, got {list(p.shape)}")
-        if reference:
+        if len(reference):
             check_tensor(f"reference[{m}]", reference[m], floats, p.shape, device)
         _check_target(f"target[{m}]", target[m], p, floats)
         if mask[m] is not None:
@@ -146,8 +146,9 @@ def _check_mask(name, mask, policy):
 
 
 def _check_reference_error(reference, reference_error, rows, count, device):
-    if bool(reference) == (reference_error is not None):
-        got = "both" if reference else "neither"
+    given = len(reference) > 0
+    if given == (reference_error is not None):
+        got = "both" if given else "neither"
         raise ValueError(f"reference: expected either it or reference_error, got {got}")
     if reference_error is not None:
         shape = (rows,) if reference_error.ndim == 1 and count == 1 else (count, rows)
@@ -253,9 +254,15 @@ def _(grad, slope, policy, target, seed, mask, *options):
     return [torch.empty_like(p) for p in policy]
 
 
+def _no_gradient(value):
+    """None in the structure that torch.library wants: one for each entry of a list of tensors."""
+    listed = isinstance(value, list) and all(isinstance(entry, Tensor) for entry in value)
+    return [None] * len(value) if listed else None
+
+
 def _setup_context(ctx, inputs, output):
-    policy, reference, target, seed, mask, _, _, *ctx.options = inputs
-    ctx.references = len(reference)
+    policy, _, target, seed, mask, _, _, *ctx.options = inputs
+    ctx.constants = [_no_gradient(value) for value in inputs[1:]]
     ctx.save_for_backward(output[-1], *policy, *target, *seed, *mask)
     ctx.set_materialize_grads(False)
 
@@ -269,8 +276,7 @@ def _registered_backward(ctx, grad, *_):
         grads = torch.ops.syncdpo.dpo_loss_backward(
             grad, slope, policy, target, seed, mask, *ctx.options
         )
-    constants = [None] * ctx.references, [None] * count, *[None] * (4 + len(ctx.options))
-    return grads, *constants
+    return grads, *ctx.constants
 
 
 _dpo_loss_op.register_autograd(_registered_backward, setup_context=_setup_context)

@@ -1,9 +1,10 @@
-"""`dpo_loss` under torch.compile: every subset of what may be left out."""
+"""`dpo_loss` under torch.compile: every subset of what may be left out, and β that changes."""
 
 from itertools import product
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from syncdpo.ops import Velocity, dpo_loss
 from syncdpo.testing import predictions
@@ -83,3 +84,88 @@ def test_one_modality_that_is_no_list_compiles(device):
     compiled = torch.compile(dpo_loss, backend="aot_eager", fullgraph=True)
     actual = compiled(p, r, Velocity(y, torch.arange(2, device=device)), beta=2.0)
     torch.testing.assert_close(actual, expected)
+
+
+# ---------------------------------------------------------------- numbers that change
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_schedule_of_beta_and_sft_weight_compiles_once_more_and_never_again(device, backend):
+    """The compiler takes a float for a constant until it changes; from then on it is an input."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    policy, reference, target, options = arguments(SUBSETS[-1], device)
+    for i in range(12):
+        rest = (reference, target, (1.0 + i, 10 * i + 1), i / 8, options)
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            actual = outcome(compiled, policy, *rest)
+        torch.testing.assert_close(actual, outcome(step, policy, *rest))
+    assert counter.frame_count == 2
+
+
+class Schedule:
+    """β as trainers hold it: an attribute that each step sets."""
+
+    beta = 1.0
+
+
+def test_a_beta_that_is_an_attribute_compiles_once_more_and_never_again(device):
+    torch._dynamo.reset()
+    schedule = Schedule()
+    policy, reference, target = predictions(*SHAPES, device=device)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss_of(policy):
+        return dpo_loss(policy, reference, target, beta=schedule.beta)
+
+    for i in range(12):
+        schedule.beta = 1.0 + i / 3
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            actual = loss_of(policy)
+        expected = dpo_loss(policy, reference, target, beta=schedule.beta)
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_numbers_in_tensors_on_the_cpu_never_compile_again(device, dynamic):
+    """With dynamic=False every float is a constant; a tensor is an input from the start."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=dynamic)
+    policy, reference, target, options = arguments(SUBSETS[0], device)
+    for i in range(4):
+        beta, sft_weight = (1.0 + i, 10.0 * i), i / 8
+        in_tensors = (torch.tensor(beta), torch.tensor(sft_weight))
+        actual = outcome(compiled, policy, reference, target, *in_tensors, options)
+        expected = outcome(step, policy, reference, target, beta, sft_weight, options)
+        torch.testing.assert_close(actual, expected)
+    assert counter.frame_count == 1
+
+
+def test_cuda_graphs_are_told_to_leave_the_op_out():
+    """It reads β on the host: recorded, it would replay the first one for ever."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.syncdpo.dpo_loss.default.tags
+
+
+def test_cuda_graphs_do_not_replay_an_old_beta(device):
+    if device != "cuda":
+        pytest.skip("needs a GPU: CUDA graphs")
+    torch._dynamo.reset()
+    policy, reference, target, options = arguments(SUBSETS[0], device)
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for i in range(8):
+        rest = (reference, target, 1.0 + i, 0.1, options)
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(policy, *rest)[0].clone()
+        torch.testing.assert_close(loss, step(policy, *rest)[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_loss_refuses_the_same_numbers(device, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    policy, reference, target, options = arguments(SUBSETS[0], device)
+    for beta, sft_weight, name in ((-1.0, 0.0, "beta"), (2.0, -0.5, "sft_weight")):
+        with pytest.raises(ValueError, match=rf"{name}: expected a finite number, 0 or more"):
+            compiled(policy, reference, target, beta, sft_weight, options)

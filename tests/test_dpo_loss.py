@@ -253,9 +253,11 @@ def op_arguments(impl, device, **changes):
     seed = [torch.arange(2, device=device), None]
     mask = [torch.ones(4, 1, 5, device=device), None]
     weight = torch.ones(2, device=device)
-    options = {"beta": [1.0, 2.0], "stream": [0, 0], "sign": [1, 0], "objective": "sigmoid",
-               "separate": False, "normalize": True, "sft_weight": 0.1, "label_smoothing": 0.1,
-               "interleaved": False, "mean": True, "stats": True, "impl": impl}  # fmt: skip
+    beta, sft_weight = torch.tensor([1.0, 2.0]), torch.tensor([0.1])
+    options = {"beta": beta, "sft_weight": sft_weight, "stream": [0, 0], "sign": [1, 0],
+               "objective": "sigmoid", "separate": False, "normalize": True,
+               "label_smoothing": 0.1, "interleaved": False, "mean": True, "stats": True,
+               "impl": impl}  # fmt: skip
     options |= changes
     return (policy, reference, target, seed, mask, None, weight, *options.values())
 

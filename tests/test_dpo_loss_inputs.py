@@ -1,5 +1,7 @@
+import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +39,17 @@ BAD_INPUTS = {
         r"reference_error.*\[2, 4\].*\[4\]",
     ),
     "target_device": ({"target": [ONE.to("meta"), AUDIO]}, ValueError, r"target\[0\].*cpu.*meta"),
+    "beta_kind": ({"beta": {"video": 1.0}}, TypeError, r"beta.*number.*dict"),
+    "beta_array": ({"beta": np.ones(2)}, TypeError, r"beta.*number.*ndarray"),
+    "beta_word": ({"beta": ["500", 50.0]}, TypeError, r"beta.*number.*str"),
+    "beta_device": ({"beta": torch.ones((), device="meta")}, TypeError, r"beta.*CPU.*meta"),
+    "beta_shape": ({"beta": [torch.ones(2), 1.0]}, TypeError, r"beta.*one.*\[2\]"),
+    "beta_negative": ({"beta": [1.0, -2.0]}, ValueError, r"beta.*0 or more.*-2"),
+    "beta_nan": ({"beta": math.nan}, ValueError, r"beta.*finite.*nan"),
+    "beta_infinite": ({"beta": torch.tensor(math.inf)}, ValueError, r"beta.*finite.*inf"),
+    "sft_weight": ({"sft_weight": -0.1}, ValueError, r"sft_weight.*0 or more.*-0\.1"),
+    "sft_weight_kind": ({"sft_weight": [0.1]}, TypeError, r"sft_weight.*number.*list"),
+    "smoothing_kind": ({"label_smoothing": None}, TypeError, r"label_smoothing.*number.*NoneType"),
     "beta_count": ({"beta": [1.0, 2.0, 3.0]}, ValueError, r"beta.*\(2\).*3"),
     "mask_shape": ({"mask": [torch.ones(4, 2, 5), None]}, ValueError, r"mask\[0\].*\[4, 3, 5\]"),
     "mask_dtype": ({"mask": [ONE.long(), None]}, TypeError, r"mask\[0\].*bool.*int64"),
@@ -75,6 +88,29 @@ def test_bad_inputs_say_what_was_expected(case):
     positional = [arguments.pop(name) for name in ("policy", "reference", "target")]
     with pytest.raises(error, match=message):
         dpo_loss(*positional, **arguments)
+
+
+@pytest.mark.parametrize(
+    "beta",
+    [
+        (2, 3),
+        [np.float32(2), np.float64(3)],
+        (torch.tensor(2), torch.tensor([3.0])),
+        torch.tensor([2.0, 3.0], requires_grad=True),
+    ],
+)
+def test_a_number_is_a_number(impl, device, beta):
+    inputs = predictions(*SHAPES, device=device)
+    expected = dpo_loss(*inputs, beta=[2.0, 3.0], sft_weight=0.5, impl=impl)
+    actual = dpo_loss(*inputs, beta=beta, sft_weight=torch.tensor(0.5), impl=impl)
+    assert torch.equal(actual, expected)
+
+
+def test_a_beta_of_zero_leaves_a_modality_out(impl, device):
+    inputs = predictions(*SHAPES, device=device)
+    both = dpo_loss(*inputs, beta=[2.0, 0.0], impl=impl)
+    alone = dpo_loss(*[x[0] for x in inputs], beta=2.0, impl=impl)
+    torch.testing.assert_close(both, alone, rtol=1e-6, atol=0)
 
 
 def test_a_kernel_cannot_be_asked_for_where_it_cannot_run(device):

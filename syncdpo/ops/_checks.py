@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +36,24 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number, or a tensor that holds one on the host."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or value.numel() != 1:
+            got = f"shape {list(value.shape)} on {value.device}"
+            raise TypeError(f"{name}: expected a number, or a tensor of one on the CPU, got {got}")
+    elif not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def weight_of(name: str, value: object) -> float:
+    """`value` as a float; ValueError unless it is finite and not negative."""
+    number = value.item() if isinstance(value, Tensor) else float(value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name}: expected a finite number, 0 or more, got {number}")
+    return number
 
 
 def per_modality(name: str, value: object, count: int, *, shared: bool = False) -> list:

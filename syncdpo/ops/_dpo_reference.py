@@ -13,15 +13,15 @@ MATERIALISED = 0  # the sign of a target that is given whole
 
 
 class Options(NamedTuple):
-    """Everything that is no tensor, in the order of the registered op's arguments."""
+    """Everything that is no tensor; the registered op takes the first two as tensors."""
 
     beta: list[float]
+    sft_weight: float
     stream: list[int]
     sign: list[int]
     objective: str
     separate: bool
     normalize: bool
-    sft_weight: float
     label_smoothing: float
     interleaved: bool
     mean: bool

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._checks import FLOATS, check_choice, check_impl, check_tensor, per_modality
+from ._checks import (
+    FLOATS,
+    check_choice,
+    check_impl,
+    check_number,
+    check_tensor,
+    per_modality,
+    weight_of,
+)
 from ._dpo_reference import MATERIALISED, Options, backward_reference, forward_reference, lose, win
 from .paired_noise import check_sample_size, check_seed, check_stream
 
@@ -78,6 +86,21 @@ def _share_positive(margin: Tensor, weight: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _check_numbers(beta, sft_weight, label_smoothing, count):
+    """β per modality. Kinds alone: a compiler would make a constant of what is compared here."""
+    beta = list(beta.unbind()) if isinstance(beta, Tensor) and beta.ndim else beta
+    beta = per_modality("beta", beta, count, shared=True)
+    for b in beta:
+        check_number("beta", b)
+    check_number("sft_weight", sft_weight)
+    check_number("label_smoothing", label_smoothing)
+    return beta
+
+
+def _weights(beta, sft_weight):
+    return [weight_of("beta", b) for b in beta], weight_of("sft_weight", sft_weight)
 
 
 def _check_options(options, logistic, normalize, layout, reduction):
@@ -174,6 +197,7 @@ def _forward(*arguments, compiled=False):
 
 
 def _backward(grad, slope, policy, target, seed, mask, options):
+    """The gradients; β and the SFT weight are in the slope already."""
     run = _kernels()._bwd if options.impl == "kernel" else backward_reference
     return run(grad, slope, policy, target, seed, mask, options)
 
@@ -204,29 +228,48 @@ class _DPOLoss(torch.autograd.Function):
         return None, None, *_backward(grad, slope, policy, target, seed, mask, ctx.options)
 
 
+# β and the SFT weight are tensors on the CPU, so that a schedule does not compile anew for every
+# value. The op reads them on the host: CUDA graphs must leave it out, or they replay the first.
+_SCALES_SCHEMA = "Tensor beta, Tensor sft_weight"
 _OPTIONS_SCHEMA = (
-    "float[] beta, int[] stream, int[] sign, str objective, bool separate, bool normalize, "
-    "float sft_weight, float label_smoothing, bool interleaved, bool mean, bool stats, str impl"
+    "int[] stream, int[] sign, str objective, bool separate, bool normalize, "
+    "float label_smoothing, bool interleaved, bool mean, bool stats, str impl"
 )
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+def _on_host(numbers):
+    """Floats as a float64 tensor on the CPU.
+
+    As products: the compiler keeps a float that changes symbolic there, while `torch.tensor` would
+    make a constant of it and compile anew.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    plain = [x.detach().reshape(()) if isinstance(x, Tensor) else x for x in numbers]
+    return torch.stack([one * x for x in plain])
 
 
 @torch.library.custom_op(
     "syncdpo::dpo_loss",
     mutates_args=(),
     schema="(Tensor[] policy, Tensor[] reference, Tensor[] target, Tensor?[] seed, Tensor?[] mask, "
-    f"Tensor? reference_error, Tensor? pair_weight, {_OPTIONS_SCHEMA}) "
+    f"Tensor? reference_error, Tensor? pair_weight, {_SCALES_SCHEMA}, {_OPTIONS_SCHEMA}) "
     "-> (Tensor loss, Tensor margin, Tensor weight, Tensor errors, Tensor slope)",
+    tags=_TAGS,
 )
-def _dpo_loss_op(policy, reference, target, seed, mask, reference_error, pair_weight, *options):
+def _dpo_loss_op(
+    policy, reference, target, seed, mask, reference_error, pair_weight, beta, sft_weight, *rest
+):
+    options = Options(*_weights(beta.tolist(), sft_weight.item()), *rest)
     return _forward(
-        policy, reference, target, seed, mask, reference_error, pair_weight, Options(*options),
+        policy, reference, target, seed, mask, reference_error, pair_weight, options,
         compiled=True,
     )  # fmt: skip
 
 
 @_dpo_loss_op.register_fake
-def _(policy, reference, target, seed, mask, reference_error, pair_weight, *options):
-    options = Options(*options)
+def _(policy, reference, target, seed, mask, reference_error, pair_weight, beta, sft_weight, *rest):
+    options = Options(beta, sft_weight, *rest)
     modalities, rows = len(policy), policy[0].shape[0]
     shapes = {
         "loss": () if options.mean else (rows // 2,),
@@ -245,12 +288,12 @@ def _(policy, reference, target, seed, mask, reference_error, pair_weight, *opti
     schema="(Tensor grad, Tensor slope, Tensor[] policy, Tensor[] target, Tensor?[] seed, "
     f"Tensor?[] mask, {_OPTIONS_SCHEMA}) -> Tensor[]",
 )
-def _dpo_loss_backward_op(grad, slope, policy, target, seed, mask, *options):
-    return _backward(grad, slope, policy, target, seed, mask, Options(*options))
+def _dpo_loss_backward_op(grad, slope, policy, target, seed, mask, *rest):
+    return _backward(grad, slope, policy, target, seed, mask, Options([], 0.0, *rest))
 
 
 @_dpo_loss_backward_op.register_fake
-def _(grad, slope, policy, target, seed, mask, *options):
+def _(grad, slope, policy, target, seed, mask, *rest):
     return [torch.empty_like(p) for p in policy]
 
 
@@ -261,7 +304,7 @@ def _no_gradient(value):
 
 
 def _setup_context(ctx, inputs, output):
-    policy, _, target, seed, mask, _, _, *ctx.options = inputs
+    policy, _, target, seed, mask, _, _, _, _, *ctx.options = inputs
     ctx.constants = [_no_gradient(value) for value in inputs[1:]]
     ctx.save_for_backward(output[-1], *policy, *target, *seed, *mask)
     ctx.set_materialize_grads(False)
@@ -290,14 +333,14 @@ def dpo_loss(
     reference: Tensor | Sequence[Tensor] | None,
     target: Tensor | Velocity | Sequence[Tensor | Velocity],
     *,
-    beta: float | Sequence[float],
+    beta: float | Tensor | Sequence[float | Tensor],
     reference_error: Tensor | None = None,
     mask: Tensor | Sequence[Tensor | None] | None = None,
     pair_weight: Tensor | None = None,
     objective: str = "sigmoid",
     logistic: str = "joint",
     normalize: str | None = None,
-    sft_weight: float = 0.0,
+    sft_weight: float | Tensor = 0.0,
     label_smoothing: float = 0.0,
     layout: str = "halves",
     reduction: str = "mean",
@@ -321,7 +364,11 @@ def dpo_loss(
             any strides. (float64 throughout is taken by the reference implementation.)
         reference: the frozen model's output, like `policy`; None with `reference_error`.
         target: what both should have put out, like `policy`; or a `Velocity`, per modality.
-        beta: float, or one per modality; usual values are 100 to 5000, about 5 with `normalize`.
+        beta: a finite number ≥ 0, or one per modality; usual values are 100 to 5000, about 5 with
+            `normalize`. Under torch.compile it may change from step to step: the first change
+            compiles once more, the others do not; with dynamic=False, where the compiler takes
+            floats for constants, give a tensor on the CPU. A CUDA graph captured by hand keeps the
+            β of its capture.
         reference_error: [2B] or [M, 2B], e(reference) computed beforehand.
         mask: non-negative weights or bool, broadcastable to [2B, …], or one per modality (None:
             everything counts); the mean becomes Σ mask·(p − y)² ÷ Σ mask. A modality whose mask
@@ -333,7 +380,7 @@ def dpo_loss(
             form of AV-DPO (JavisDiT++).
         normalize: "reference" divides Δ_m by the mean of the reference's errors on the pair, so
             that one β fits every model and modality.
-        sft_weight: weight of the winner's own error.
+        sft_weight: weight of the winner's own error; a number as `beta` is.
         label_smoothing: 0 to ½, the chance that a preference is the wrong way round: (1 − s)·f(h) +
             s·f(−h). For "sigmoid".
         layout: "halves", all winners first; "interleaved", winner, loser, winner, loser.
@@ -354,14 +401,18 @@ def dpo_loss(
     target = per_modality("target", target, count)
     mask = [None] * count if mask is None else per_modality("mask", mask, count)
     velocity = [entry if isinstance(entry, Velocity) else None for entry in target]
+    beta = _check_numbers(beta, sft_weight, label_smoothing, count)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # or the registered op does, when it runs
+        beta, sft_weight = _weights(beta, sft_weight)
     options = Options(
-        beta=[float(b) for b in per_modality("beta", beta, count, shared=True)],
+        beta=beta,
+        sft_weight=sft_weight,
         stream=[v.stream if v else 0 for v in velocity],
         sign=[v.sign if v else MATERIALISED for v in velocity],
         objective=objective,
         separate=logistic == "separate",
         normalize=normalize == "reference",
-        sft_weight=float(sft_weight),
         label_smoothing=float(label_smoothing),
         interleaved=layout == "interleaved",
         mean=reduction == "mean",
@@ -372,8 +423,9 @@ def dpo_loss(
     seed = [v.seed if v else None for v in velocity]
     target = [v.clean if v else given for v, given in zip(velocity, target, strict=True)]
     rest = (reference, target, seed, mask, reference_error, pair_weight)
-    if torch.compiler.is_compiling():
-        loss, *stats, _ = torch.ops.syncdpo.dpo_loss(policy, *rest, *options)
+    if compiling:
+        scales = _on_host(beta), _on_host([sft_weight])
+        loss, *stats, _ = torch.ops.syncdpo.dpo_loss(policy, *rest, *scales, *options[2:])
     else:
         loss, *stats = _DPOLoss.apply(rest, options, *policy)
     return (loss, _stats(*stats, options)) if return_stats else loss

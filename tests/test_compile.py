@@ -169,3 +169,56 @@ def test_a_compiled_loss_refuses_the_same_numbers(device, backend):
     for beta, sft_weight, name in ((-1.0, 0.0, "beta"), (2.0, -0.5, "sft_weight")):
         with pytest.raises(ValueError, match=rf"{name}: expected a finite number, 0 or more"):
             compiled(policy, reference, target, beta, sft_weight, options)
+
+
+# ---------------------------------------------------------------- second derivatives
+
+
+def registered(policy, reference, target, beta):
+    """The registered op without a compiler."""
+    seed, scales = [None], (torch.tensor([beta]), torch.tensor([0.0]))
+    options = ([0], [0], "sigmoid", False, False, 0.0, False, True, False, "reference")
+    return torch.ops.syncdpo.dpo_loss(
+        [policy], [reference], [target], seed, [None], None, None, *scales, *options
+    )[0]
+
+
+def eager(policy, reference, target, beta):
+    return dpo_loss(policy, reference, target, beta=beta)
+
+
+def compiled_eager(*args):
+    torch._dynamo.reset()
+    return torch.compile(eager, backend="eager", fullgraph=True)(*args)
+
+
+@pytest.mark.parametrize("loss_of", [eager, registered, compiled_eager])
+def test_a_second_derivative_raises(loss_of):
+    policy, reference, target = (x[0] for x in predictions(SHAPES[0]))
+    policy.requires_grad_()
+    (first,) = torch.autograd.grad(loss_of(policy, reference, target, 2.0), policy)
+    loss = loss_of(policy, reference, target, 2.0)
+    (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
+    assert torch.equal(grad, first)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+def test_a_second_derivative_by_the_chain_rule_raises(impl, device):
+    """The loss's own gradient is no constant here: that of a function of the loss."""
+    policy, reference, target = (x[0] for x in predictions(SHAPES[0], device=device))
+    policy.requires_grad_()
+    loss = dpo_loss(policy, reference, target, beta=2.0, impl=impl)
+    (grad,) = torch.autograd.grad(loss.square(), policy, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), policy)
+
+
+def test_a_second_derivative_raises_under_aot(device):
+    torch._dynamo.reset()
+    policy, reference, target = (x[0] for x in predictions(SHAPES[0], device=device))
+    policy.requires_grad_()
+    loss = torch.compile(eager, backend="aot_eager")(policy, reference, target, 2.0)
+    (grad,) = torch.autograd.grad(loss, policy, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.sum().backward()

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._checks import (
     FLOATS,
@@ -202,6 +201,27 @@ def _backward(grad, slope, policy, target, seed, mask, options):
     return run(grad, slope, policy, target, seed, mask, options)
 
 
+def _second_derivative(ctx, *_):
+    raise RuntimeError(
+        "dpo_loss has no second derivative: its gradient cannot be differentiated again "
+        "(gradient penalties and Hessians need the loss in plain PyTorch)"
+    )
+
+
+class _Gradient(torch.autograd.Function):
+    """Gradients as they are, tied to what they depend on, so that differentiating them raises.
+
+    `once_differentiable` looks at the loss's own gradient alone, which is mostly a constant: the
+    second derivative came out as zero, without a word.
+    """
+
+    @staticmethod
+    def forward(ctx, count, *gradients_and_origins):
+        return gradients_and_origins[:count]
+
+    backward = staticmethod(_second_derivative)
+
+
 class _DPOLoss(torch.autograd.Function):
     """The quick way in eager: half the overhead of a registered op."""
 
@@ -218,14 +238,18 @@ class _DPOLoss(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
         slope, *saved = ctx.saved_tensors
         count = len(slope)
         if grad is None:
             return None, None, *[None] * count
         policy, target, seed, mask = (saved[k * count : (k + 1) * count] for k in range(4))
-        return None, None, *_backward(grad, slope, policy, target, seed, mask, ctx.options)
+        arguments = (grad, slope, policy, target, seed, mask, ctx.options)
+        if not torch.is_grad_enabled():
+            return None, None, *_backward(*arguments)
+        with torch.no_grad():  # create_graph=True
+            grads = _backward(*arguments)
+        return None, None, *_Gradient.apply(count, *grads, grad, *policy)
 
 
 # β and the SFT weight are tensors on the CPU, so that a schedule does not compile anew for every
@@ -295,6 +319,9 @@ def _dpo_loss_backward_op(grad, slope, policy, target, seed, mask, *rest):
 @_dpo_loss_backward_op.register_fake
 def _(grad, slope, policy, target, seed, mask, *rest):
     return [torch.empty_like(p) for p in policy]
+
+
+_dpo_loss_backward_op.register_autograd(_second_derivative)
 
 
 def _no_gradient(value):
@@ -394,6 +421,7 @@ def dpo_loss(
 
     Raises:
         TypeError: wrong kind or dtype. ValueError: wrong shape, length, device, choice or range.
+        RuntimeError: when the gradient is differentiated; there is no second derivative.
     """
     policy = [policy] if isinstance(policy, Tensor) else list(policy)
     count = len(policy)

@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from oracles import dpo_oracle, loss_and_gradient, to_double
 
 from syncdpo.ops import Velocity, dpo_loss
 from syncdpo.testing import predictions
@@ -28,7 +29,13 @@ BAD_INPUTS = {
     ),
     "batches": ({"policy": [ONE, AUDIO[:2]]}, ValueError, r"policy\[1\].*\[4, …\].*\[2, 7\]"),
     "dtype": ({"policy": [ONE.long(), AUDIO]}, TypeError, r"policy\[0\].*float32.*int64"),
-    "mixed_float64": ({"policy": [ONE.double(), AUDIO]}, TypeError, r"float64.*float32"),
+    "mixed_float64": (
+        {"policy": [ONE.double(), AUDIO]}, TypeError, r"reference\[0\].*float64.*float32"
+    ),
+    "float64_second": (
+        {"policy": [ONE, AUDIO.double()]}, TypeError, r"policy\[0\].*float64.*float32"
+    ),
+    "float64_target": ({"target": [ONE.double(), AUDIO]}, TypeError, r"target\[0\].*got float64"),
     "kind": ({"policy": [ONE, 3]}, TypeError, r"policy\[1\].*tensor.*int"),
     "reference_shape": ({"reference": [ONE, ONE]}, ValueError, r"reference\[1\].*\[4, 7\].*3, 5\]"),
     "reference_count": ({"reference": ONE}, ValueError, r"reference.*\(2\).*1"),
@@ -37,6 +44,14 @@ BAD_INPUTS = {
     "reference_error": (
         {"reference": None, "reference_error": torch.zeros(4)}, ValueError,
         r"reference_error.*\[2, 4\].*\[4\]",
+    ),
+    "reference_error_kind": (
+        {"reference": None, "reference_error": [[0.0] * 4] * 2}, TypeError,
+        r"reference_error.*tensor.*list",
+    ),
+    "reference_error_dtype": (
+        {"reference": None, "reference_error": torch.zeros(2, 4).long()}, TypeError,
+        r"reference_error.*float64.*int64",
     ),
     "target_device": ({"target": [ONE.to("meta"), AUDIO]}, ValueError, r"target\[0\].*cpu.*meta"),
     "beta_kind": ({"beta": {"video": 1.0}}, TypeError, r"beta.*number.*dict"),
@@ -54,6 +69,7 @@ BAD_INPUTS = {
     "mask_shape": ({"mask": [torch.ones(4, 2, 5), None]}, ValueError, r"mask\[0\].*\[4, 3, 5\]"),
     "mask_dtype": ({"mask": [ONE.long(), None]}, TypeError, r"mask\[0\].*bool.*int64"),
     "mask_count": ({"mask": [None]}, ValueError, r"mask.*\(2\).*1"),
+    "pair_weight_kind": ({"pair_weight": [1.0, 1.0]}, TypeError, r"pair_weight.*tensor.*list"),
     "pair_weight": ({"pair_weight": torch.ones(4)}, ValueError, r"pair_weight.*\[2\].*\[4\]"),
     "objective": ({"objective": "dpo"}, ValueError, r"objective.*'sigmoid'.*'dpo'"),
     "logistic": ({"logistic": "both"}, ValueError, r"logistic.*'joint'.*'both'"),
@@ -77,7 +93,15 @@ BAD_INPUTS = {
         r"target\[0\]\.seed.*\[2\].*\[4\]",
     ),
     "stream": ({"target": [Velocity(ONE, SEED, -1), AUDIO]}, ValueError, r"target\[0\]\.stream"),
-    "sign": ({"target": [Velocity(ONE, SEED, 0, 2), AUDIO]}, ValueError, r"target\[0\]\.sign.*2"),
+    "sign": (
+        {"target": [Velocity(ONE, SEED, 0, 2), AUDIO]}, ValueError,
+        r"target\[0\]\.sign: expected 1 or -1, got 2",
+    ),
+    "sign_zero": (
+        {"target": [AUDIO, Velocity(AUDIO, SEED, 0, 0)], "policy": [AUDIO, AUDIO],
+         "reference": [AUDIO, AUDIO]}, ValueError, r"target\[1\]\.sign: expected 1 or -1, got 0",
+    ),
+    "smoothing_nan": ({"label_smoothing": math.nan}, ValueError, r"label_smoothing.*nan"),
 }  # fmt: skip
 
 
@@ -111,6 +135,81 @@ def test_a_beta_of_zero_leaves_a_modality_out(impl, device):
     both = dpo_loss(*inputs, beta=[2.0, 0.0], impl=impl)
     alone = dpo_loss(*[x[0] for x in inputs], beta=2.0, impl=impl)
     torch.testing.assert_close(both, alone, rtol=1e-6, atol=0)
+
+
+def test_weights_of_any_float_dtype_are_rounded_once(impl, device):
+    """What a DataLoader makes of Python floats is float64."""
+    inputs = predictions(*SHAPES, device=device)
+    weight, mask = torch.tensor([0.1, 0.7]).double(), torch.rand(4, 1, 5).double()
+    kinds = {}
+    for dtype in (torch.float64, torch.float32):
+        options = {"pair_weight": weight.to(device, dtype), "mask": [mask.to(device, dtype), None]}
+        kinds[dtype] = loss_and_gradient(dpo_loss, *inputs, beta=[1.0, 2.0], impl=impl, **options)
+    (loss, grads), (expected, expected_grads) = kinds.values()
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_float64_throughout_keeps_its_digits():
+    inputs = [to_double(x) for x in predictions(*SHAPES)]
+    weight, mask = torch.tensor([1 / 3, 0.1], dtype=torch.float64), torch.rand(4, 1, 5).double()
+    options = {"beta": [1.0, 2.0], "pair_weight": weight, "mask": [mask, None]}
+    loss = dpo_loss(*inputs, **options)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, dpo_oracle(*inputs, **options), rtol=1e-14, atol=0)
+
+
+# ---------------------------------------------------------------- values that are not looked at
+
+
+def test_what_unchecked_values_give(impl, device):
+    """The docstring's list, entry by entry."""
+    policy, reference, target = (x[0] for x in predictions((6, 3, 5), device=device))
+
+    def losses(policy, reference=reference, **options):
+        return dpo_loss(
+            policy, reference, target, beta=2.0, reduction="none", impl=impl, **options
+        ).tolist()
+
+    plain = losses(policy)
+    mask = torch.ones(6, 1, 1, device=device)
+    mask[0], mask[1] = torch.nan, -1.0
+    assert losses(policy, mask=mask) == [0.0, 0.0, pytest.approx(plain[2], rel=1e-6)]
+    weight = torch.tensor([torch.nan, -1.0, 1.0], device=device)
+    weighted = losses(policy, pair_weight=weight)
+    assert math.isnan(weighted[0])
+    assert weighted[1:] == pytest.approx([-plain[1], plain[2]])
+    exact = reference.clone()
+    exact[[1, 4]] = target[[1, 4]]
+    normalized = losses(policy, exact, normalize="reference")
+    assert [math.isnan(x) for x in normalized] == [False, True, False]
+    policy[2] = torch.inf
+    unweighted = losses(policy, pair_weight=torch.zeros(3, device=device))
+    assert not math.isfinite(unweighted[2])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_accuracy_leaves_out_pairs_that_are_not_finite(impl, device, value):
+    """Three pairs: right in both modalities, wrong in both, and one whose sound is not finite."""
+    target = [torch.zeros(6, 4, device=device), torch.zeros(6, 2, 3, device=device)]
+    reference = [torch.ones_like(y) for y in target]
+    policy = [r.clone() for r in reference]
+    for p in policy:
+        p[0] = 0.5  # the first winner is nearer than the reference's,
+        p[4] = 0.5  # the second loser, too,
+        p[2] = 0.5  # and the third winner
+    policy[1][5] = value
+    _, stats = dpo_loss(policy, reference, target, beta=1.0, return_stats=True, impl=impl)
+    assert stats.implicit_accuracy == 0.5
+    assert stats.modality_accuracy.tolist() == pytest.approx([2 / 3, 1 / 2])
+
+
+def test_accuracy_of_nothing_finite_is_zero(impl, device):
+    policy, reference, target = predictions(*SHAPES, device=device)
+    policy[0][:] = torch.nan
+    _, stats = dpo_loss(policy, reference, target, beta=1.0, return_stats=True, impl=impl)
+    assert stats.implicit_accuracy == 0
+    assert stats.modality_accuracy[0] == 0
 
 
 def test_a_kernel_cannot_be_asked_for_where_it_cannot_run(device):

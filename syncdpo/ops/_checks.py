@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ANY_FLOAT = (*FLOATS, torch.float64)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

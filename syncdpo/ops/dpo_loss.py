@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    ANY_FLOAT,
     FLOATS,
     check_choice,
     check_impl,
@@ -68,7 +69,8 @@ class DPOStats(NamedTuple):
     def implicit_accuracy(self) -> Tensor:
         """Share of the pairs with weight whose margin, over all modalities, is positive; scalar.
 
-        A margin of exactly 0, as before the first step, counts half. 0 where no pair has weight.
+        A margin of exactly 0, as before the first step, counts half. A pair whose margin is not
+        finite is left out, as one without weight is. 0 where no pair counts.
         """
         return _share_positive(self.margin.sum(0), self.weight)
 
@@ -79,9 +81,9 @@ class DPOStats(NamedTuple):
 
 
 def _share_positive(margin: Tensor, weight: Tensor) -> Tensor:
-    counted = (weight != 0).float()
-    hit = (margin.sign() + 1.0) / 2.0
-    return (hit * counted).sum(-1) / counted.sum().clamp_min(1.0)
+    counted = (weight != 0) & margin.isfinite()
+    hit = torch.where(counted, (margin.sign() + 1.0) / 2.0, 0.0)
+    return hit.sum(-1) / counted.sum(-1).clamp_min(1)
 
 
 # ---------------------------------------------------------------- checks
@@ -102,15 +104,16 @@ def _weights(beta, sft_weight):
     return [weight_of("beta", b) for b in beta], weight_of("sft_weight", sft_weight)
 
 
-def _check_options(options, logistic, normalize, layout, reduction):
+def _check_options(options, velocity, logistic, normalize, layout, reduction):
     check_choice("objective", options.objective, ("sigmoid", "hinge", "ipo"))
     check_choice("logistic", logistic, ("joint", "separate"))
     check_choice("normalize", normalize, ("reference", None))
     check_choice("layout", layout, ("halves", "interleaved"))
     check_choice("reduction", reduction, ("mean", "none"))
-    for m, (stream, sign) in enumerate(zip(options.stream, options.sign, strict=True)):
-        check_stream(f"target[{m}].stream", stream)
-        check_choice(f"target[{m}].sign", sign, (1, -1, MATERIALISED))
+    for m, entry in enumerate(velocity):
+        if entry is not None:
+            check_stream(f"target[{m}].stream", entry.stream)
+            check_choice(f"target[{m}].sign", entry.sign, (1, -1))
     smoothing = options.label_smoothing
     if not 0.0 <= smoothing <= 0.5:
         raise ValueError(f"label_smoothing: expected 0 to 0.5, got {smoothing}")
@@ -127,9 +130,9 @@ def _check_tensors(policy, reference, target, mask, reference_error, pair_weight
         raise ValueError(f"policy[0]: expected [2B, …] with B > 0, got {list(policy[0].shape)}")
     rows, device = policy[0].shape[0], policy[0].device
     impl = check_impl(impl, device)
-    floats = (*FLOATS, torch.float64) if impl == "reference" else FLOATS
-    if policy[0].dtype == torch.float64 and impl == "reference":
-        floats = (torch.float64,)
+    # float64 in one modality asks for float64 in all, whatever their order
+    doubles = any(isinstance(p, Tensor) and p.dtype == torch.float64 for p in policy)
+    floats = (torch.float64,) if doubles and impl == "reference" else FLOATS
     for m, p in enumerate(policy):
         check_tensor(f"policy[{m}]", p, dtypes=floats, device=device)
         if p.ndim == 0 or p.shape[0] != rows or p.numel() == 0:
@@ -142,7 +145,7 @@ def _check_tensors(policy, reference, target, mask, reference_error, pair_weight
             _check_mask(f"mask[{m}]", mask[m], p)
     _check_reference_error(reference, reference_error, rows, len(policy), device)
     if pair_weight is not None:
-        check_tensor("pair_weight", pair_weight, (*FLOATS, torch.bool), (rows // 2,), device)
+        check_tensor("pair_weight", pair_weight, (*ANY_FLOAT, torch.bool), (rows // 2,), device)
     return impl
 
 
@@ -160,7 +163,7 @@ def _check_target(name, target, policy, floats):
 
 
 def _check_mask(name, mask, policy):
-    check_tensor(name, mask, (*FLOATS, torch.bool), device=policy.device)
+    check_tensor(name, mask, (*ANY_FLOAT, torch.bool), device=policy.device)
     sizes = zip(reversed(mask.shape), reversed(policy.shape), strict=False)
     if mask.ndim > policy.ndim or any(size not in (1, full) for size, full in sizes):
         expected = f"a shape that broadcasts to {list(policy.shape)}"
@@ -173,8 +176,9 @@ def _check_reference_error(reference, reference_error, rows, count, device):
         got = "both" if given else "neither"
         raise ValueError(f"reference: expected either it or reference_error, got {got}")
     if reference_error is not None:
+        check_tensor("reference_error", reference_error)
         shape = (rows,) if reference_error.ndim == 1 and count == 1 else (count, rows)
-        check_tensor("reference_error", reference_error, None, shape, device)
+        check_tensor("reference_error", reference_error, ANY_FLOAT, shape, device)
 
 
 # ---------------------------------------------------------------- autograd and registration
@@ -388,7 +392,8 @@ def dpo_loss(
 
     Args:
         policy: [2B, …], or a sequence with one tensor per modality; float32, float16 or bfloat16,
-            any strides. (float64 throughout is taken by the reference implementation.)
+            any strides. The reference implementation takes float64 as well,
+            in policy, reference and target of all modalities or in none.
         reference: the frozen model's output, like `policy`; None with `reference_error`.
         target: what both should have put out, like `policy`; or a `Velocity`, per modality.
         beta: a finite number ≥ 0, or one per modality; usual values are 100 to 5000, about 5 with
@@ -396,11 +401,12 @@ def dpo_loss(
             compiles once more, the others do not; with dynamic=False, where the compiler takes
             floats for constants, give a tensor on the CPU. A CUDA graph captured by hand keeps the
             β of its capture.
-        reference_error: [2B] or [M, 2B], e(reference) computed beforehand.
-        mask: non-negative weights or bool, broadcastable to [2B, …], or one per modality (None:
-            everything counts); the mean becomes Σ mask·(p − y)² ÷ Σ mask. A modality whose mask
-            selects nothing in either half of a pair has error 0 and weight 0 there.
-        pair_weight: [B], w above; it leaves the SFT term alone.
+        reference_error: [2B] or [M, 2B], e(reference) computed beforehand; any float dtype.
+        mask: non-negative weights of any float dtype, or bool, broadcastable to [2B, …], or one per
+            modality (None: everything counts); the mean becomes Σ mask·(p − y)² ÷ Σ mask. A
+            modality whose mask selects nothing in either half of a pair has error 0 and weight 0
+            there.
+        pair_weight: [B], w above, of any float dtype, or bool; it leaves the SFT term alone.
         objective: f of the margin h: "sigmoid" −log σ(h), "hinge" max(0, 1 − h), "ipo" (h − ½)²,
             which is Azar et al.'s (arXiv 2310.12036) times β².
         logistic: "joint", one preference per clip, as above; "separate", Σ_m f(−½ β_m Δ_m), the
@@ -417,7 +423,15 @@ def dpo_loss(
 
     Returns:
         float32 scalar, or [B] for reduction="none"; with `return_stats` a pair (loss, DPOStats).
-        A policy that is not finite gives a loss that is not finite.
+
+        The values of tensors are not looked at, which would mean to wait for the device:
+        - a policy that is not finite, where no mask leaves it out, gives a loss that is not finite,
+          even at weight 0;
+        - a mask whose sum over a sample is negative or NaN selects nothing there: error and weight
+          0; single negative weights count as they are;
+        - a `pair_weight` of NaN gives NaN, a negative one pushes the pair the other way;
+        - with `normalize`, a pair whose reference has no error at all gives NaN;
+        - statistics show such pairs, `implicit_accuracy` leaves out those without a finite margin.
 
     Raises:
         TypeError: wrong kind or dtype. ValueError: wrong shape, length, device, choice or range.
@@ -447,9 +461,10 @@ def dpo_loss(
         stats=return_stats,
         impl=_check_tensors(policy, reference, target, mask, reference_error, pair_weight, impl),
     )
-    _check_options(options, logistic, normalize, layout, reduction)
+    _check_options(options, velocity, logistic, normalize, layout, reduction)
     seed = [v.seed if v else None for v in velocity]
     target = [v.clean if v else given for v, given in zip(velocity, target, strict=True)]
+    mask = [_rounded(own, p) for own, p in zip(mask, policy, strict=True)]
     rest = (reference, target, seed, mask, reference_error, pair_weight)
     if compiling:
         scales = _on_host(beta), _on_host([sft_weight])
@@ -457,6 +472,12 @@ def dpo_loss(
     else:
         loss, *stats = _DPOLoss.apply(rest, options, *policy)
     return (loss, _stats(*stats, options)) if return_stats else loss
+
+
+def _rounded(mask, policy):
+    """A float64 mask as float32, unless all else is float64; kernels read no float64."""
+    doubles = mask is not None and mask.dtype == torch.float64
+    return mask.float() if doubles and policy.dtype != torch.float64 else mask
 
 
 def _stats(margin, weight, errors, options):

@@ -392,7 +392,8 @@ def dpo_loss(
 
     Args:
         policy: [2B, …], or a sequence with one tensor per modality; float32, float16 or bfloat16,
-            any strides. The reference implementation takes float64 as well,
+            any strides. The mean is over all axes but the first; docs/losses.md says how to give
+            an axis a preference of its own. The reference implementation takes float64 as well,
             in policy, reference and target of all modalities or in none.
         reference: the frozen model's output, like `policy`; None with `reference_error`.
         target: what both should have put out, like `policy`; or a `Velocity`, per modality.

@@ -238,7 +238,7 @@ def test_a_candidate_that_fails_is_not_timed_and_does_not_stop_the_others(sweep,
 
 
 def test_a_lost_device_is_laid_to_the_setting_that_lost_it(sweep, faulty, monkeypatch):
-    fails, lost = sweep.changes({"CHUNK": 2048}), []
+    fails, lost = sweep.changes({"CHUNK": 1024}), []
 
     def call(variant, x):
         if lost or variant == fails:

@@ -73,8 +73,9 @@ class Constant(NamedTuple):
 
 CONSTANTS = {
     "CHUNK": Constant("kernels/_common.py", r"^CHUNK = tl\.constexpr\((\d+)\)"),
-    "THREADS": Constant("kernels/_common.py", r"^THREADS = tl\.constexpr\((\d+)\)"),
     "NUM_WARPS": Constant("kernels/_common.py", r"^NUM_WARPS = (\d+)$"),
+    "SUM_CHUNK": Constant("kernels/dpo_loss.py", r"^SUM_CHUNK = tl\.constexpr\((\d+)\)"),
+    "SUM_WARPS": Constant("kernels/dpo_loss.py", r"^SUM_WARPS = (\d+)$"),
     "vec": Constant("kernels/_common.py", r"\bvec = (\d+) if any\("),
     "PARTIALS_PER_TILE": Constant(
         "kernels/_dpo_pair.py", r"^PARTIALS_PER_TILE = tl\.constexpr\((\d+)\)"
@@ -373,10 +374,13 @@ def axis(name: str, *values: int) -> list[dict[str, int]]:
     return [{name: value} for value in values]
 
 
-CHUNKS = {"chunk": axis("CHUNK", 1024, 2048, 4096, 8192)}
-WARPS = {"warps": [{"NUM_WARPS": n, "THREADS": 32 * n} for n in (2, 4, 8)]}
 VEC = {"vec": axis("vec", 4, 8, 16)}
-TILE = {"tile": axis("PARTIALS_PER_TILE", 256, 512, 1024)}
+STREAMED = {"chunk": axis("CHUNK", 512, 1024, 2048, 4096), "warps": axis("NUM_WARPS", 2, 4, 8)}
+SUMMED = {
+    "chunk": axis("SUM_CHUNK", 2048, 4096, 8192),
+    "warps": axis("SUM_WARPS", 4, 8, 16),
+    "tile": axis("PARTIALS_PER_TILE", 256, 512, 1024),
+}
 WARP_AXES = {
     "program": axis("program_bytes", 2048, 4096, 8192, 16384),
     "row": axis("row_bytes", 128, 256, 512, 1024),
@@ -403,17 +407,17 @@ NATIVE_AXES = {
 def kernels() -> dict[str, Kernel]:
     table = {}
     both = ("large", "small")
-    for name, make, more in (
-        ("dpo_loss_forward", loss_forward, TILE),
-        ("dpo_loss_backward", loss_backward, {}),
+    for name, make, axes in (
+        ("dpo_loss_forward", loss_forward, SUMMED),
+        ("dpo_loss_backward", loss_backward, STREAMED),
     ):
         for suffix, velocity in (("", False), ("_velocity", True)):
             table[name + suffix] = Kernel(
                 lambda shape, device, make=make, velocity=velocity: make(shape, device, velocity),
-                both, CHUNKS | WARPS | VEC | more, velocity,
+                both, axes | VEC, velocity,
             )  # fmt: skip
-    table["paired_noise"] = Kernel(noised_pairs, both, CHUNKS | WARPS | VEC, True)
-    table["noise"] = Kernel(noise, both, CHUNKS | WARPS, True)
+    table["paired_noise"] = Kernel(noised_pairs, both, STREAMED | VEC, True)
+    table["noise"] = Kernel(noise, both, STREAMED, True)
     table["warp"] = Kernel(warp, tuple(s for s in WARPED if s != "tiny"), WARP_AXES)
     for name in NATIVE:
         table[name] = Kernel(
@@ -434,9 +438,17 @@ def names_of(kernel: Kernel) -> list[str]:
 def legal(kernel: Kernel, setting: Changes) -> bool:
     """Whether the kernel's code allows these numbers."""
     values = present(*names_of(kernel)) | dict(setting)
-    if "CHUNK" in values:
+    chunk, warps = next(
+        (
+            (values[chunk], values.get(warps))
+            for chunk, warps in (("CHUNK", "NUM_WARPS"), ("SUM_CHUNK", "SUM_WARPS"))
+            if chunk in values
+        ),
+        (None, None),
+    )
+    if chunk is not None:
         vec = values.get("vec", 4)
-        whole = values["CHUNK"] % (values["THREADS"] * vec) == 0
+        whole = chunk % (32 * warps * vec) == 0
         return whole and (vec in (4, 8) or not kernel.noise)
     if "kThreads" in values:
         most = max(values["kBlocksPerSm"], values["kInPlaceBlocksPerSm"])

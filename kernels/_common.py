@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = tl.constexpr(4096)  # elements of a sample per program; never a function of the device
-THREADS = tl.constexpr(128)
+# Elements of a sample per program, and its warps; never a function of the device. One pass of all
+# threads over vectors of eight: what follows no sum is quickest in many short programs.
+CHUNK = tl.constexpr(1024)
 NUM_WARPS = 4
+THREADS = tl.constexpr(32 * NUM_WARPS)
 
 INTERPRETED = triton.knobs.runtime.interpret
 APPROXIMATE = tl.constexpr(not INTERPRETED)  # the interpreter knows no inline assembly
@@ -36,8 +38,10 @@ class Plan:
     plan, but for addresses: so the code is kept here, per device and per set of aligned addresses.
     """
 
-    def __init__(self, kernel, programs: int, numbers: tuple, **constants) -> None:
-        self.kernel, self.grid = kernel, (programs, 1, 1)
+    def __init__(
+        self, kernel, programs: int, numbers: tuple, *, warps: int = NUM_WARPS, **constants
+    ) -> None:
+        self.kernel, self.grid, self.warps = kernel, (programs, 1, 1), warps
         self.numbers, self.constants = numbers, constants
         self.compiled = {}
 
@@ -51,7 +55,7 @@ class Plan:
                 run(*arguments, *self.constants.values())
                 return
             compiled = self.kernel[self.grid](
-                *arguments, **self.constants, num_warps=NUM_WARPS, enable_fp_fusion=True
+                *arguments, **self.constants, num_warps=self.warps, enable_fp_fusion=True
             )
             if compiled is not None:  # as from the interpreter
                 self.compiled[key] = compiled[self.grid]
@@ -77,13 +81,11 @@ class Layout(NamedTuple):
     align: tuple[int, ...]
     wide: bool
 
-    @property
-    def chunks(self) -> int:
-        return triton.cdiv(self.count, CHUNK.value)
+    def chunks(self, size: tl.constexpr) -> int:
+        return triton.cdiv(self.count, size.value)
 
-    @property
-    def even(self) -> bool:
-        return self.count % CHUNK.value == 0
+    def even(self, size: tl.constexpr) -> bool:
+        return self.count % size.value == 0
 
 
 def layout(tensors: Sequence[Memory], *, ordered: bool) -> Layout:
@@ -124,24 +126,26 @@ def layout(tensors: Sequence[Memory], *, ordered: bool) -> Layout:
 
 
 @triton.jit
-def chunk_start(i_chunk, wide: tl.constexpr):
+def chunk_start(i_chunk, chunk: tl.constexpr, wide: tl.constexpr):
     """The logical index of a chunk's first element."""
-    return i_chunk.to(tl.int64 if wide else tl.int32) * CHUNK
+    return i_chunk.to(tl.int64 if wide else tl.int32) * chunk
 
 
 @triton.jit
-def blocks(first, count, vec: tl.constexpr, even: tl.constexpr):
-    """How many blocks of [THREADS, vec] the chunk that starts at `first` has."""
-    number = CHUNK // (THREADS * vec)
+def blocks(
+    first, count, chunk: tl.constexpr, threads: tl.constexpr, vec: tl.constexpr, even: tl.constexpr
+):
+    """How many blocks of [threads, vec] the chunk that starts at `first` has."""
+    number = chunk // (threads * vec)
     if not even:
-        left = tl.minimum(count - first, CHUNK).to(tl.int32)
-        number = tl.cdiv(left, THREADS * vec)
+        left = tl.minimum(count - first, chunk).to(tl.int32)
+        number = tl.cdiv(left, threads * vec)
     return number
 
 
 @triton.jit
 def offsets(start, lane, sizes, strides, rowwise: tl.constexpr, align: tl.constexpr):
-    """Where elements start [THREADS, 1] + lane [1, VEC] lie in a sample of collapsed axes.
+    """Where elements start [threads, 1] + lane [1, VEC] lie in a sample of collapsed axes.
 
     `rowwise`: a vector never crosses a row of the last axis, so only its start is divided.
     """
@@ -232,8 +236,8 @@ MINUS_TWO_LN_TWO = tl.constexpr(-2.0 * math.log(2.0))
 
 
 @triton.jit
-def normals(start, stream, seed, vec: tl.constexpr):
-    """ε of the elements start [THREADS] + 0 … vec − 1, where start is a multiple of vec.
+def normals(start, stream, seed, threads: tl.constexpr, vec: tl.constexpr):
+    """ε of the elements start [threads] + 0 … vec − 1, where start is a multiple of vec.
 
     A thread keeps its own vector: counters joined any other way would cross threads.
     """
@@ -250,4 +254,4 @@ def normals(start, stream, seed, vec: tl.constexpr):
         n0, n1 = tl.join(n0, n4), tl.join(n1, n5)
         n2, n3 = tl.join(n2, n6), tl.join(n3, n7)
     quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))
-    return tl.reshape(quads, [THREADS, vec])
+    return tl.reshape(quads, [threads, vec])

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    CHUNK,
     PLANS,
     THREADS,
     Layout,
@@ -30,6 +31,12 @@ from ._common import (
     store,
 )
 from ._dpo_pair import FLAGS_PER_MODALITY, MASKED_FLAG, OBJECTIVES, add_up, finish_pair, pair_row
+
+# A program that adds up ends with a wait for memory that writing ones do not know: it does more
+# before. Its elements decide the order of addition, so they are no function of the device either.
+SUM_CHUNK = tl.constexpr(4096)
+SUM_WARPS = 8
+SUM_THREADS = tl.constexpr(32 * SUM_WARPS)
 
 # ---------------------------------------------------------------- one chunk, forward
 
@@ -48,7 +55,7 @@ def _rebuild(given, b_noise, inside, SIGN: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _sums(b_policy, b_reference, b_target, b_mask, MASKED: tl.constexpr):
-    """The four sums over each thread's vector, [THREADS]."""
+    """The four sums over each thread's vector, [SUM_THREADS]."""
     to_policy = b_policy - b_target
     to_reference = b_reference - b_target
     gain = (b_policy - b_reference) * (to_policy + to_reference)
@@ -63,7 +70,7 @@ def _sums(b_policy, b_reference, b_target, b_mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _join_quantities(gain, policy, reference, selected, QUANTITIES: tl.constexpr):
-    """[THREADS, …] with QUANTITIES / 2 per thread in the order above; none leaves its thread."""
+    """[SUM_THREADS, …], QUANTITIES / 2 per thread in the order above; none leaves its thread."""
     if QUANTITIES == 2:
         joined = gain
     elif QUANTITIES == 4:
@@ -101,18 +108,18 @@ def _chunk_sums(
     p_reference_lose = row_start(reference, lose, rows[1], ALIGN_REFERENCE)
     p_target_win = row_start(target, i_pair if SHARED else win, rows[2], ALIGN_TARGET)
     p_target_lose = row_start(target, i_pair if SHARED else lose, rows[2], ALIGN_TARGET)
-    b_mask_win = tl.zeros([THREADS, VEC], tl.float32)
+    b_mask_win = tl.zeros([SUM_THREADS, VEC], tl.float32)
     b_mask_lose = b_mask_win
     b_noise = b_mask_win
     b_seed = tl.load(seed + i_pair) if SIGN != 0 else 0
-    zero = tl.zeros([THREADS], tl.float32)
+    zero = tl.zeros([SUM_THREADS], tl.float32)
     gain_win, policy_win, reference_win, selected_win = zero, zero, zero, zero
     gain_lose, policy_lose, reference_lose, selected_lose = zero, zero, zero, zero
 
-    first = chunk_start(i_chunk, WIDE)
+    first = chunk_start(i_chunk, SUM_CHUNK, WIDE)
     lane = tl.arange(0, VEC)[None, :]
-    for i_block in range(blocks(first, count, VEC, EVEN)):
-        start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
+    for i_block in range(blocks(first, count, SUM_CHUNK, SUM_THREADS, VEC, EVEN)):
+        start = first + i_block * (SUM_THREADS * VEC) + tl.arange(0, SUM_THREADS) * VEC
         inside = start[:, None] + lane < count
         o_target = offsets(start[:, None], lane, sizes, strides[2], ROWWISE, ALIGN_TARGET)
         o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN_POLICY)
@@ -130,7 +137,7 @@ def _chunk_sums(
             p_mask = row_start(mask, lose, rows[3], ALIGN_MASK)
             b_mask_lose = load(p_mask + o_mask, inside, EVEN)
         if SIGN != 0:
-            b_noise = normals(start, stream, b_seed, VEC)
+            b_noise = normals(start, stream, b_seed, SUM_THREADS, VEC)
         b_target_win = _rebuild(b_target_win, b_noise, inside, SIGN, EVEN)
         b_target_lose = _rebuild(b_target_lose, b_noise, inside, SIGN, EVEN)
         gain, own, other, chosen = _sums(
@@ -151,7 +158,7 @@ def _chunk_sums(
         _join_quantities(gain_win, policy_win, reference_win, selected_win, QUANTITIES),
         _join_quantities(gain_lose, policy_lose, reference_lose, selected_lose, QUANTITIES),
     )
-    return tl.sum(tl.reshape(both, [THREADS, QUANTITIES]), 0)
+    return tl.sum(tl.reshape(both, [SUM_THREADS, QUANTITIES]), 0)
 
 
 # ---------------------------------------------------------------- kernels
@@ -197,9 +204,9 @@ def _forward_kernel(
             tl.debug_barrier()
             if tl.atomic_add(arrived + batch, 1, sem="acq_rel") == batch - 1:
                 tl.store(arrived + batch, 0)
-                added = tl.zeros([THREADS], tl.float32)
-                for first in range(0, batch, THREADS):
-                    pair = first + tl.arange(0, THREADS)
+                added = tl.zeros([SUM_THREADS], tl.float32)
+                for first in range(0, batch, SUM_THREADS):
+                    pair = first + tl.arange(0, SUM_THREADS)
                     added += tl.load(pair_loss + pair, pair < batch, 0.0, cache_modifier=".cg")
                 tl.store(loss, tl.div_rn(tl.sum(added, 0), batch * 1.0))
 
@@ -248,9 +255,9 @@ def _chunk_gradient(
     b_noise = tl.zeros([THREADS, VEC], tl.float32)
     p_target_win = row_start(target, i_pair if SHARED else win, rows[1], ALIGN_TARGET)
     p_target_lose = row_start(target, i_pair if SHARED else lose, rows[1], ALIGN_TARGET)
-    first = chunk_start(i_chunk, WIDE)
+    first = chunk_start(i_chunk, CHUNK, WIDE)
     lane = tl.arange(0, VEC)[None, :]
-    for i_block in range(blocks(first, count, VEC, EVEN)):
+    for i_block in range(blocks(first, count, CHUNK, THREADS, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         inside = start[:, None] + lane < count
         o_policy = offsets(start[:, None], lane, sizes, strides[0], ROWWISE, ALIGN_POLICY)
@@ -263,7 +270,7 @@ def _chunk_gradient(
         b_target_win = load(p_target_win + o_target, inside, EVEN)
         b_target_lose = b_target_win if SHARED else load(p_target_lose + o_target, inside, EVEN)
         if SIGN != 0:
-            b_noise = normals(start, stream, b_seed, VEC)
+            b_noise = normals(start, stream, b_seed, THREADS, VEC)
         b_target_win = _rebuild(b_target_win, b_noise, inside, SIGN, EVEN)
         b_target_lose = _rebuild(b_target_lose, b_noise, inside, SIGN, EVEN)
         b_grad_win = factor_win * (b_policy_win - b_target_win)
@@ -332,7 +339,8 @@ def _forward_plan(
 ) -> Plan:  # fmt: skip
     batch = memories[0][0][0][0] // 2
     layouts = _layouts(memories, sign)
-    total = sum(own.chunks for own in layouts)
+    chunks = tuple(own.chunks(SUM_CHUNK) for own in layouts)
+    total = sum(chunks)
     everything = normalize or stats or any(masked)
     quantities = 8 if everything else 4 if has_sft or not has_reference else 2
     mean = mean and batch > 1  # one pair is its own mean
@@ -340,10 +348,10 @@ def _forward_plan(
         quantities, has_reference, has_weight, OBJECTIVES.index(objective), separate, normalize,
         interleaved, mean, stats,
     )  # fmt: skip
-    numbers = (stream, batch, tuple(own.chunks for own in layouts), total, _plain(layouts))
     plan = Plan(
-        _forward_kernel, batch * total, numbers,
-        FLAGS=_flags(layouts, memories, masked, sign), OPTIONS=constants,
+        _forward_kernel, batch * total, (stream, batch, chunks, total, _plain(layouts)),
+        warps=SUM_WARPS, FLAGS=_flags(layouts, SUM_CHUNK, memories, masked, sign),
+        OPTIONS=constants,
     )  # fmt: skip
     # Partial sums, their sums per pair, and the pairs' losses.
     plan.scratch = batch * (quantities * (total + len(layouts)) + mean)
@@ -378,12 +386,12 @@ def _bwd(
 def _backward_plan(memories, masked, stream, sign, interleaved, grad_stride) -> Plan:
     batch = memories[0][0][0][0] // 2
     layouts = _layouts(memories, sign)
-    total = sum(own.chunks for own in layouts)
-    chunks = tuple(own.chunks for own in layouts)
+    chunks = tuple(own.chunks(CHUNK) for own in layouts)
+    total = sum(chunks)
     return Plan(
         _backward_kernel, batch * total,
         (grad_stride, stream, batch, chunks, total, _plain(layouts)),
-        FLAGS=_flags(layouts, memories, masked, sign), INTERLEAVED=interleaved,
+        FLAGS=_flags(layouts, CHUNK, memories, masked, sign), INTERLEAVED=interleaved,
     )  # fmt: skip
 
 
@@ -430,11 +438,11 @@ def _plain(layouts: Sequence[Layout]) -> tuple:
     return tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts)
 
 
-def _flags(layouts: Sequence[Layout], memories, masked, sign) -> tuple[int, ...]:
+def _flags(layouts: Sequence[Layout], size, memories, masked, sign) -> tuple[int, ...]:
     """What is compiled in: FLAGS_PER_MODALITY numbers for each modality."""
     flags = []
     for own, tensors, masks, s in zip(layouts, memories, masked, sign, strict=True):
         rows = tensors[0][0][0]
         shared = any(shape[0] != rows for shape, _, _ in tensors)  # the clean latents, [B, …]
-        flags += [own.vec, own.rowwise, own.wide, own.even, s, shared, masks, *own.align]
+        flags += [own.vec, own.rowwise, own.wide, own.even(size), s, shared, masks, *own.align]
     return tuple(flags)

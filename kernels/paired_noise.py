@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    CHUNK,
     PLANS,
     THREADS,
     Memory,
@@ -37,14 +38,14 @@ FLAGS_PER_MODALITY = tl.constexpr(8)
 @triton.jit
 def _noise_kernel(out, seed, stream, count, chunks, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     i_pair = tl.program_id(0) // chunks
-    first = chunk_start(tl.program_id(0) % chunks, WIDE)
+    first = chunk_start(tl.program_id(0) % chunks, CHUNK, WIDE)
     b_seed = tl.load(seed + i_pair)
     p_out = row_start(out, i_pair, count, ALIGN)
     lane = tl.arange(0, 4)[None, :]
-    for i_block in range(blocks(first, count, 4, False)):
+    for i_block in range(blocks(first, count, CHUNK, THREADS, 4, False)):
         start = first + i_block * (THREADS * 4) + tl.arange(0, THREADS) * 4
         offset = offsets(start[:, None], lane, (count,), (1,), True, ALIGN)
-        tl.store(p_out + offset, normals(start, stream, b_seed, 4), offset < count)
+        tl.store(p_out + offset, normals(start, stream, b_seed, THREADS, 4), offset < count)
 
 
 @triton.jit
@@ -95,9 +96,9 @@ def _noise_chunk(
     p_win = row_start(win, i_pair, rows[0], ALIGN_WIN)
     p_out_win = row_start(out, i_pair, count, ALIGN_OUT)
     p_out_lose = row_start(out, i_pair + batch, count, ALIGN_OUT)
-    first = chunk_start(i_chunk, WIDE)
+    first = chunk_start(i_chunk, CHUNK, WIDE)
     lane = tl.arange(0, VEC)[None, :]
-    for i_block in range(blocks(first, count, VEC, EVEN)):
+    for i_block in range(blocks(first, count, CHUNK, THREADS, VEC, EVEN)):
         start = first + i_block * (THREADS * VEC) + tl.arange(0, THREADS) * VEC
         own = offsets(start[:, None], lane, (count,), (1,), True, ALIGN_OUT)
         inside = own < count
@@ -108,7 +109,9 @@ def _noise_chunk(
             p_lose = row_start(lose, i_pair, rows[1], ALIGN_LOSE)
             offset = offsets(start[:, None], lane, sizes, strides[1], ROWWISE, ALIGN_LOSE)
             b_lose = load(p_lose + offset, inside, EVEN)
-        scaled = b_sigma * normals(start, stream, b_seed, VEC)  # while both are on their way
+        scaled = b_sigma * normals(
+            start, stream, b_seed, THREADS, VEC
+        )  # while both are on their way
         noised = tl.fma(b_win, b_clean, scaled)
         store(p_out_win + own, noised, inside, EVEN)
         if not SHARED:
@@ -131,8 +134,10 @@ def _noise(shape: Sequence[int], seed: Tensor, stream: int) -> Tensor:
 @lru_cache(PLANS)
 def _noise_plan(out: Memory, stream: int) -> Plan:
     own = layout([out], ordered=True)
-    programs, numbers = out[0][0] * own.chunks, (own.count, own.chunks)
-    return Plan(_noise_kernel, programs, numbers, ALIGN=own.align[0], WIDE=own.wide)
+    chunks = own.chunks(CHUNK)
+    return Plan(
+        _noise_kernel, out[0][0] * chunks, (own.count, chunks), ALIGN=own.align[0], WIDE=own.wide
+    )
 
 
 def _paired_noise(
@@ -165,12 +170,13 @@ def _paired_noise_plan(
     """None where there is nothing to write."""
     batch = win[0][0][0]
     layouts = [layout((x, y or x, o), ordered=True) for x, y, o in zip(win, lose, out, strict=True)]
-    total = sum(own.chunks for own in layouts)
+    chunks = tuple(own.chunks(CHUNK) for own in layouts)
+    total = sum(chunks)
     flags = []
     for own, y in zip(layouts, lose, strict=True):
-        flags += [own.vec, own.rowwise, own.wide, own.even, y is None, *own.align]
+        flags += [own.vec, own.rowwise, own.wide, own.even(CHUNK), y is None, *own.align]
     numbers = (
-        stream, batch, tuple(own.chunks for own in layouts), total,
+        stream, batch, chunks, total,
         tuple((own.count, own.sizes, own.rows, own.strides) for own in layouts),
     )  # fmt: skip
     programs = batch * total

@@ -9,6 +9,9 @@ from syncdpo.testing import assert_within_budget, predictions, restride
 pytestmark = pytest.mark.kernel
 # The second call runs what the first one left; the third, at other addresses, must not.
 MEMORY = ("contiguous", "contiguous", "offset", "contiguous", "offset")
+# What the approximate instructions may cost a normal whose radius is small; test_paired_noise.py
+# says how much exactly. Another launch's noise is wrong by 1.
+NOISE = 1e-3
 SHAPES = ((4, 33, 16), (4, 9, 8))
 
 
@@ -45,7 +48,9 @@ def test_noise_and_warp_wherever_their_tensors_lie(impl, device):
     warped = warp(x, knots, impl="reference")
     for memory in MEMORY:
         own = restride(x, memory)
-        assert_within_budget(paired_noise(own, None, sigma, seed, impl=impl), noised, ulps=100)
+        torch.testing.assert_close(
+            paired_noise(own, None, sigma, seed, impl=impl), noised, rtol=0, atol=NOISE
+        )
         assert_within_budget(warp(own, knots, impl=impl), warped, ulps=4)
 
 
@@ -54,7 +59,8 @@ def test_a_stream_number_of_its_own_is_no_other_launch_s(impl, device):
     seed = torch.arange(2, device=device)
     for stream in (0, 1, 2, 16, 1, 3):
         expected = noise((2, 100), seed, stream=stream, impl="reference")
-        assert_within_budget(noise((2, 100), seed, stream=stream, impl=impl), expected, ulps=100)
+        own = noise((2, 100), seed, stream=stream, impl=impl)
+        torch.testing.assert_close(own, expected, rtol=0, atol=NOISE)
 
 
 def test_the_counters_are_left_as_zeros(impl, device):

@@ -7,8 +7,8 @@
 3  the benchmarks, and what of benchmarks/goals.py is reached
 4  benchmarks/sweep.py: are the kernels' constants the best ones?
 5  benchmarks/ltx2_step.py: a training step of LTX-2 at full size, with random weights
-6  the same bits from run to run, CUDA graphs, the embedded model trained by the kernels, and
-   compute-sanitizer (memcheck, racecheck, initcheck) over one call of each op
+6  the same bits from run to run, CUDA graphs, compiled training steps, the embedded model trained
+   by the kernels, and compute-sanitizer (memcheck, racecheck, initcheck) over one call of each op
 
 What is known goes to benchmarks/results/<gpu>-<date>.json as soon as a check ends; a check that
 finds no time left says so. The exit code is the number of checks that failed.
@@ -50,7 +50,7 @@ STAGES = (1, 2, 3, 4, 5, 6)
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
           "-p", "no:cacheprovider"]  # fmt: skip
 # Seconds after which a check is given up.
-LONGEST = {"tests": 150, "benchmark": 90, "sweep": 100, "step": 170, "sanitizer": 150, "train": 120}
+LONGEST = {"tests": 150, "benchmark": 90, "sweep": 100, "step": 170, "rest": 150}
 SHAPES = ((4, 1024, 128), (4, 126, 128))
 # What a reference and a kernel may differ by at a glance; the tests say how much exactly.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-7}
@@ -166,10 +166,10 @@ def check_tests(check: Check) -> str:
     return last_line(check.run([*PYTEST, *parallel, *files]))
 
 
-def check_benchmark(check: Check, file: Path) -> str:
+def check_benchmark(check: Check, files: list[Path]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmarks.json"
-        command = [*PYTEST, f"--benchmark-json={output}", file]
+        command = [*PYTEST, f"--benchmark-json={output}", *files]
         if check.dry:  # the ways that need no compiler, on what is small
             command += ["-k", "not compile and not slicing and not reference and not raw"]
             return last_line(check.run(command))
@@ -200,8 +200,17 @@ def check_script(check: Check, name: str) -> str:
 def check_training(check: Check) -> str:
     if missing := [name for name in ("diffusers", "peft", "accelerate") if not find_spec(name)]:
         return f"left out: the embedded model needs {', '.join(missing)}"
-    test = ROOT / "tests" / "test_trained_by_kernels.py"
-    return last_line(check.run([*PYTEST, *(["--collect-only"] if check.dry else []), test]))
+    return some_tests(check, "trained_by_kernels", "cuda")
+
+
+def check_compiled(check: Check) -> str:
+    """Of the subsets that the tests compile, those that go all the way to the device."""
+    return some_tests(check, "compile", "inductor or graphs or schedule")
+
+
+def some_tests(check: Check, room: str, chosen: str) -> str:
+    dry = ["--collect-only"] if check.dry else []
+    return last_line(check.run([*PYTEST, *dry, "-k", chosen, ROOT / "tests" / f"test_{room}.py"]))
 
 
 def check_sanitizer(check: Check, kind: str) -> str:
@@ -273,8 +282,9 @@ def steps(
     if 2 in stages:
         yield {"tests": of(check_tests, "tests")}
     if 3 in stages:
-        for file in sorted((ROOT / "benchmarks").glob("bench_*.py")):
-            yield {file.stem: of(check_benchmark, "benchmark", file)}
+        files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+        for some in [files] if dry else [[file] for file in files]:
+            yield {", ".join(file.stem for file in some): of(check_benchmark, "benchmark", some)}
     if 4 in stages:
         yield {"sweep": of(check_script, "sweep", "sweep")}
     if 5 in stages:
@@ -284,8 +294,11 @@ def steps(
             yield {"CUDA graphs": check_graphs}
             yield {"the same bits": check_bits}
         kinds = ("memcheck", "racecheck", "initcheck") if sanitizer and not dry else ()
-        training = {"embedded model": of(check_training, "train")}
-        yield training | {kind: of(check_sanitizer, "sanitizer", kind) for kind in kinds}
+        longest = {
+            "embedded model": of(check_training, "rest"),
+            "compiled steps": of(check_compiled, "rest"),
+        }
+        yield longest | {kind: of(check_sanitizer, "rest", kind) for kind in kinds}
 
 
 def machine() -> dict:

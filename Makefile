@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CLIPS ?=
+STAGES ?=
 
 .PHONY: help install demo tune rules base test lint bench sass gpu-check clean
 
@@ -47,9 +48,12 @@ bench: $(READY)  ## Run the benchmarks
 sass: $(READY)  ## Compile all kernels without a GPU, read their machine code
 	$(BIN)/python benchmarks/sass.py
 
-gpu-check:  ## All that only a GPU can show, with the Python at hand; offline
+gpu-check:  ## All that only a GPU can show, with the Python at hand; offline; STAGES=1,2,3
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { \
+		echo "gpu-check: $(PYTHON) has no torch that sees a GPU; PYTHON=… names another one" >&2; \
+		exit 2; }
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(if $(STAGES),--stages $(STAGES))
 
 clean:  ## Remove what was built and run, not the environment
 	rm -rf build dist runs

@@ -149,7 +149,7 @@ def test_every_format(streams):
         check(ALL["replace"], form, streams, 4000)
 
 
-# SYNCDPO_DRAWS=4000 makes as many of every rule as of Replace, in some twenty minutes.
+# SYNCDPO_DRAWS=4000 makes as many of every rule as of Replace, in an hour or two.
 DRAWS = int(os.environ.get("SYNCDPO_DRAWS", 0))
 
 

@@ -59,7 +59,7 @@ ROOT = Path(__file__).parent.parent
 FLUSHED_BYTES = 1 << 28  # more than any cache of the second level
 REPLAYED_BYTES = 1 << 29
 MOST_CALLS = 8  # per graph
-ROUNDS, LAST_ROUNDS, FIRST_IGNORED = 40, 120, 5
+ROUNDS, LAST_ROUNDS, FIRST_IGNORED = 25, 80, 3
 HELPS = 0.99  # a change whose ratio of times is below is worth joining with others
 NATIVE = ("replace_segments", "replace_segments_in_place")
 

@@ -1,6 +1,6 @@
 """The sweep over the kernels' constants: its variants, their compilation, and its measuring."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-TOOL = Path(__file__).parent.parent / "benchmarks" / "sweep.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TOOL = BENCHMARKS / "sweep.py"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Everything but compiling and CUDA graphs, on tiny tensors in Triton's interpreter.
@@ -21,39 +22,51 @@ MEASURED = """
 import sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import sweep
+import sweep, sweep_tables, sweep_timing, sweep_variants
 
-class Interpreted(sweep.Workshop):
+class Interpreted(sweep_variants.Workshop):
     def request(self, name, shape, setting):
         self.variant(setting)
 
     def compiled(self, name, shape, setting, seconds):
-        return sweep.Compiled()
+        return sweep_variants.Compiled()
 
-sweep.ROUNDS, sweep.LAST_ROUNDS, sweep.FIRST_IGNORED, sweep.MOST_CALLS = 1, 1, 0, 1
+sweep.ROUNDS, sweep.LAST_ROUNDS = 1, 1
+sweep_timing.FIRST_IGNORED, sweep_timing.MOST_CALLS = 0, 1
 names = ["dpo_loss_forward", "dpo_loss_backward", "noise", "warp"]
 for name in names:
     sweep.KERNELS[name] = sweep.KERNELS[name]._replace(shapes=("tiny",))
 with tempfile.TemporaryDirectory(prefix="syncdpo_sweep_") as folder:
-    workshop = Interpreted(Path(folder), 90, False)
+    workshop = Interpreted(Path(folder), 90, False, {})
     swept = sweep.Sweep(workshop, time.monotonic() + 60, True, "cpu")
-    results = {"rows": [], "left_out": []}
+    results = {"rows": swept.rows, "left_out": swept.left_out}
     assert sweep.run_all(names, swept, results, Path(sys.argv[2])) == []
     workshop.close()
-sweep.print_all(results, False)
+sweep_tables.print_all(results, False)
 """
 
 
 @pytest.fixture(scope="module")
 def sweep():
-    sys.path.insert(0, str(TOOL.parent))  # for its neighbour, sass
+    return module("sweep")
+
+
+@pytest.fixture(scope="module")
+def variants():
+    return module("sweep_variants")
+
+
+@pytest.fixture(scope="module")
+def timing():
+    return module("sweep_timing")
+
+
+def module(name):
+    sys.path.insert(0, str(BENCHMARKS))
     try:
-        spec = importlib.util.spec_from_file_location("sweep", TOOL)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     finally:
-        sys.path.remove(str(TOOL.parent))
-    return module
+        sys.path.remove(str(BENCHMARKS))
 
 
 def run(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -67,19 +80,19 @@ def run(*arguments, **environment) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------- variants
 
 
-def test_every_constant_stands_once_where_the_sweep_looks(sweep):
-    values = sweep.present(*sweep.CONSTANTS)
-    assert set(values) == set(sweep.CONSTANTS)
+def test_every_constant_stands_once_where_the_sweep_looks(sweep, variants):
+    values = variants.present(*variants.CONSTANTS)
+    assert set(values) == set(variants.CONSTANTS)
     used = {name for kernel in sweep.KERNELS.values() for name in sweep.names_of(kernel)}
-    assert used == set(sweep.CONSTANTS)
+    assert used == set(variants.CONSTANTS)
 
 
-def test_a_variant_differs_in_its_constants_alone(sweep, tmp_path):
-    setting = sweep.changes({"CHUNK": 12288, "kThreads": 96})
-    variant = sweep.make_variant(tmp_path, setting)
+def test_a_variant_differs_in_its_constants_alone(variants, tmp_path):
+    setting = variants.changes({"CHUNK": 12288, "kThreads": 96})
+    variant = variants.make_variant(tmp_path, setting)
     changed = {}
-    for file in (*sweep.ROOT.glob("kernels/*.py"), *sweep.ROOT.glob("csrc/*")):
-        theirs = (variant.folder / file.relative_to(sweep.ROOT)).read_text().splitlines()
+    for file in (*variants.ROOT.glob("kernels/*.py"), *variants.ROOT.glob("csrc/*")):
+        theirs = (variant.folder / file.relative_to(variants.ROOT)).read_text().splitlines()
         ours = file.read_text().splitlines()
         changed[file.name] = [b for a, b in zip(ours, theirs, strict=True) if a != b]
     changed = {name: lines for name, lines in changed.items() if lines}
@@ -89,12 +102,12 @@ def test_a_variant_differs_in_its_constants_alone(sweep, tmp_path):
     assert "96" in changed["segment_replace.cu"][0]
 
 
-def test_a_constant_that_is_not_found_is_named(sweep, tmp_path):
-    variant = sweep.make_variant(tmp_path, ())
+def test_a_constant_that_is_not_found_is_named(variants, tmp_path):
+    variant = variants.make_variant(tmp_path, ())
     file = variant.folder / "kernels" / "_common.py"
     file.write_text(file.read_text().replace("NUM_WARPS = ", "WARPS = "))
     with pytest.raises(ValueError, match=r"NUM_WARPS: expected once in kernels/_common\.py"):
-        sweep.change(variant.folder, "NUM_WARPS", 8)
+        variants.change(variant.folder, "NUM_WARPS", 8)
 
 
 @pytest.mark.parametrize("kernel", ["dpo_loss_forward", "noise", "warp", "replace_segments"])
@@ -106,10 +119,11 @@ def test_settings_are_legal_and_other_than_the_present(sweep, kernel):
     assert all(sweep.legal(kernel, setting) for setting in settings)
 
 
-def test_vectors_of_noise_hold_4_or_8(sweep):
-    vec = sweep.changes({"vec": 16})
-    assert sweep.legal(sweep.KERNELS["dpo_loss_forward"], vec)
-    assert not sweep.legal(sweep.KERNELS["dpo_loss_forward_velocity"], vec)
+def test_vectors_of_noise_hold_4_or_8(sweep, variants):
+    vec = variants.changes({"vec": 16})
+    plain, noisy = (sweep.KERNELS[f"dpo_loss_forward{suffix}"] for suffix in ("", "_velocity"))
+    assert vec in sweep.single_changes(plain, False)
+    assert vec not in sweep.single_changes(noisy, False)
 
 
 def test_what_helps_is_joined(sweep):
@@ -179,8 +193,8 @@ class Compiles:
 
     dry_run = False
 
-    def __init__(self, sweep):
-        self.sweep = sweep
+    def __init__(self, result):
+        self.result = result
 
     def variant(self, setting):
         return setting
@@ -189,37 +203,39 @@ class Compiles:
         pass
 
     def compiled(self, name, shape, setting, seconds):
-        return self.sweep.Compiled()
+        return self.result
 
 
 @pytest.fixture
-def faulty(sweep, monkeypatch):
+def faulty(sweep, variants, timing, monkeypatch):
     """Sweeps "noise" with a function in its place, on a CPU, in so many seconds."""
-    monkeypatch.setattr(sweep, "MOST_CALLS", 1)
+    monkeypatch.setattr(timing, "MOST_CALLS", 1)
 
     def run(call, seconds=60.0):
         x = torch.arange(1.0, 5.0)
-        problem = sweep.Problem({"x": x}, call, lambda: [2.0 * x], 0.0, (1e-3,), 32)
+        problem = module("sweep_problems").Problem(
+            {"x": x}, call, lambda: [2.0 * x], 0.0, (1e-3,), 32
+        )
         kernel = sweep.KERNELS["noise"]._replace(problem=lambda *_: problem, shapes=("tiny",))
         monkeypatch.setitem(sweep.KERNELS, "noise", kernel)
-        swept = sweep.Sweep(Compiles(sweep), time.monotonic() + seconds, True, "cpu")
+        swept = sweep.Sweep(Compiles(variants.Compiled()), time.monotonic() + seconds, True, "cpu")
         swept.kernel("noise")
         return swept
 
     return run
 
 
-def test_what_is_wrong_as_it_is_is_named_and_nothing_timed(sweep, faulty):
+def test_what_is_wrong_as_it_is_is_named_and_nothing_timed(faulty):
     swept = faulty(lambda variant, x: [2.1 * x["x"]])
     (row,) = swept.rows
     assert row["wrong"] == "wrong: result 0, 4 elements, by up to 0.4"
     assert row["ms"] is None
     assert row["candidates"] == []
-    assert sweep.failures(swept.rows) == [f"noise, tiny, as it is: {row['wrong']}"]
+    assert module("sweep_tables").failures(swept.rows) == [f"noise, tiny, as it is: {row['wrong']}"]
 
 
-def test_a_candidate_that_fails_is_not_timed_and_does_not_stop_the_others(sweep, faulty):
-    fails = sweep.changes({"CHUNK": 512})
+def test_a_candidate_that_fails_is_not_timed_and_does_not_stop_the_others(variants, faulty):
+    fails = variants.changes({"CHUNK": 512})
 
     def call(variant, x):
         if variant == fails:
@@ -237,8 +253,8 @@ def test_a_candidate_that_fails_is_not_timed_and_does_not_stop_the_others(sweep,
     assert row["best"] in ({}, other["setting"])
 
 
-def test_a_lost_device_is_laid_to_the_setting_that_lost_it(sweep, faulty, monkeypatch):
-    fails, lost = sweep.changes({"CHUNK": 512}), []
+def test_a_lost_device_is_laid_to_the_setting_that_lost_it(variants, timing, faulty, monkeypatch):
+    fails, lost = variants.changes({"CHUNK": 512}), []
 
     def call(variant, x):
         if lost or variant == fails:
@@ -252,7 +268,7 @@ def test_a_lost_device_is_laid_to_the_setting_that_lost_it(sweep, faulty, monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(sweep.DeviceLost, match="an illegal memory access"):
+    with pytest.raises(timing.DeviceLost, match="an illegal memory access"):
         faulty(call)
     assert lost == [fails]
 
@@ -262,7 +278,7 @@ def test_memory_that_is_not_written_is_seen(faulty):
     assert swept.rows[0]["wrong"].startswith("wrong: result 0, 4 elements")
 
 
-def test_a_lost_device_leaves_the_rest_to_another_process(sweep, tmp_path, monkeypatch):
+def test_a_lost_device_leaves_the_rest_to_another_process(sweep, timing, tmp_path, monkeypatch):
     class Lost:
         rows, left_out, few = [], [], True
 
@@ -271,12 +287,13 @@ def test_a_lost_device_leaves_the_rest_to_another_process(sweep, tmp_path, monke
 
         def kernel(self, name):
             if name == "noise":
-                raise sweep.DeviceLost("at CHUNK=1")
+                raise timing.DeviceLost("at CHUNK=1")
 
         def left(self):
             return 10.0
 
-    output, results = tmp_path / "sweep.json", {"rows": [], "left_out": []}
+    output = tmp_path / "sweep.json"
+    results = {"rows": Lost.rows, "left_out": Lost.left_out}
     rest = sweep.run_all(["dpo_loss_forward", "noise", "warp"], Lost(), results, output)
     assert rest == ["warp"]
     assert json.loads(output.read_text()) == results

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,7 +68,11 @@ def train(
     model = model or load_model(config.model, sigma=config.sigma)
     if config.weights:
         model.load_weights(Path(config.weights))
-    data = open_latents(config.data, model) if data is None else data
+    writes = accelerator.is_main_process
+    if data is None:
+        data = open_latents(config.data, model, progress=progress and writes)
+        if writes and hasattr(data, "summary"):  # whatever is left out, and why
+            print(data.summary, file=sys.stderr)
     policy, reference = policy_and_reference(config, model)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad],
@@ -82,7 +87,6 @@ def train(
     state = load_checkpoint(config, policy, optimizer, difficulty)
     order = Order(config, len(data), accelerator)
     dice = Dice(config, model, difficulty, order, accelerator.device)
-    writes = accelerator.is_main_process
     learner = Learner(config, accelerator, model, policy, reference, progress and writes)
     del reference  # the learner's alone: once its errors are known, it goes
     if config.cache_reference and config.method == "syncdpo":

@@ -16,11 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from test_precomputed import Trap
 from tiny_ltx2 import save_tiny_ltx2
 
 from syncdpo.cli import main
 from syncdpo.config import TrainConfig
+from syncdpo.data.files import canonical_json, digest
+from syncdpo.data.latents import LatentDataset
 from syncdpo.data.precomputed import PrecomputedDataset, open_latents
 from syncdpo.models.ltx2 import LTX2
 from syncdpo.models.tiny import Tiny
@@ -699,3 +702,48 @@ class FullSize:
 
     def set_format(self, frames, height, width, fps):
         assert (frames, height, width, fps) == (121, 512, 768, 24)
+
+
+# --- caches of ours -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def our_cache(tmp_path):
+    """Three files as `prepare` leaves them."""
+    identity = {"model": "ours"}
+    clips = [{"file": f"{name}.safetensors", "source": name} for name in "abc"]
+    index = {"format": 1, "identity": identity, "clips": clips}
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    for name in "abc":
+        write_ours(tmp_path, name, identity)
+    assert len(LatentDataset(tmp_path, identity)) == 3
+    return tmp_path
+
+
+def write_ours(root, name, identity):
+    record = canonical_json({"format": 1, "identity": digest(identity)})
+    content = save({"video": torch.zeros(4, 2)}, metadata={"syncdpo": record})
+    (root / "latents" / f"{name}.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut", "of another model", "a pointer"])
+def test_a_broken_file_of_our_cache_is_named_at_once(fault, our_cache):
+    path = our_cache / "latents" / "b.safetensors"
+    match fault:
+        case "missing":
+            path.unlink()
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "of another model":
+            write_ours(our_cache, "b", {"model": "theirs"})
+        case "a pointer":
+            path.write_bytes(pointer(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"1 of 3 files are .* \(b\.safetensors\)"):
+        LatentDataset(our_cache)
+
+
+def test_a_cache_that_lost_its_index_is_told_from_the_trainers(our_cache):
+    (our_cache / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"expected \.pt files in"):
+        open_latents(our_cache, Tiny())

@@ -150,7 +150,9 @@ class LatentDataset(Dataset):
 
     Clips are ordered by their source's name, whoever prepared them and in whichever order.
     `identity`: `model.identity()`; a cache of another VAE, text encoder or clip format raises
-    ValueError naming what differs. Tensors are read from safetensors; nothing is unpickled.
+    ValueError naming what differs, and one with files that are missing, damaged or of another
+    model names them: headers are read at once. Tensors are read from safetensors; nothing is
+    unpickled.
     """
 
     def __init__(self, folder: str | Path, identity: dict | None = None):
@@ -169,9 +171,26 @@ class LatentDataset(Dataset):
             raise ValueError(
                 f"folder: {self.folder} lists no clips; `syncdpo prepare` has not finished there"
             )
+        self._check_files()
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def _check_files(self) -> None:
+        """Whether each file is as long as its header says, and of this cache's model."""
+        ours = digest(self.identity)
+        names = [clip["file"] for clip in self.clips]
+        records = (_stored_record(self.folder / "latents" / name) for name in names)
+        broken = [
+            name
+            for name, record in zip(names, records, strict=True)
+            if record is None or record["identity"] != ours
+        ]
+        if broken:
+            raise ValueError(
+                f"{self.folder}: {len(broken)} of {len(names)} files are missing, damaged or of "
+                f"another model ({', '.join(broken)}); run `syncdpo prepare` again"
+            )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         path = self.folder / "latents" / self.clips[index]["file"]

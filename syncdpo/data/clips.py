@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
-from syncdpo.data.decoding import EXACT, ClipError, decode
+from syncdpo.data.decoding import EXACT, ClipError, Streams, decode
 
 EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
 SILENCE = 1e-3  # peak amplitude (-60 dB) below which a clip has no sound worth the name
@@ -42,6 +42,7 @@ class Clip:
 
     video: uint8 [T,H,W,3], RGB, full range; picture k is shown from k/fps to (k+1)/fps.
     audio: float32 [C,N] in [-1, 1]; sample n sounds at n/sample_rate.
+    notes: what its reader had to choose, a sentence each, as which of several sound tracks.
     Raises TypeError for another dtype, ValueError for another shape or a rate that is not positive.
     """
 
@@ -49,6 +50,7 @@ class Clip:
     fps: float
     audio: Tensor
     sample_rate: int
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         _check_tensor("video", self.video, torch.uint8, "[T,H,W,3]", self.video.ndim == 4
@@ -145,14 +147,14 @@ def read_clip(
     if streams.seconds < length - 0.5 / rate:
         raise ClipError(path, f"{streams.seconds:.2f} s long, shorter than the {length:g} s asked")
     count = max(1, round(length * rate))
-    video = torch.stack([streams.pictures[i] for i in _shown(streams.picture_times, count, rate)])
+    video = _taken(streams, _shown(streams.picture_times, count, rate))
     audio = _mixed(streams.sound, channels)
     audio = _resampled(audio, streams.sample_rate, sample_rate or streams.sample_rate)
     wanted = round(count / rate * (sample_rate or streams.sample_rate))
     audio = F.pad(audio, (0, wanted - audio.shape[1])).clamp(-1, 1)
     if require_sound and is_silent(audio):
         raise ClipError(path, "silent")
-    return Clip(video, rate, audio, sample_rate or streams.sample_rate)
+    return Clip(video, rate, audio, sample_rate or streams.sample_rate, streams.notes)
 
 
 def is_silent(audio: Tensor) -> bool:
@@ -160,12 +162,24 @@ def is_silent(audio: Tensor) -> bool:
     return audio.numel() == 0 or bool((audio - audio.mean(1, keepdim=True)).abs().max() < SILENCE)
 
 
-def _shown(times: list[float], count: int, rate: float) -> Iterator[int]:
+def _shown(times: list[float], count: int, rate: float) -> list[int]:
     """Which picture is on at the centre of each of `count` frames, given when each comes on."""
     centres = (np.arange(count) + 0.5) / rate
     # Timestamps are rounded to the container's clock: half a millisecond of grace, or a picture
     # that comes on exactly at a centre (12 fps to 24) might be missed by a rounding.
     return np.clip(np.searchsorted(times, centres + 5e-4, side="right") - 1, 0, None).tolist()
+
+
+def _taken(streams: Streams, shown: list[int]) -> Tensor:
+    """The pictures shown, one after the other; each is let go after its last use, so that the film
+    is not held twice."""
+    pictures, last = streams.pictures, 0
+    video = torch.empty(len(shown), *pictures[0].shape, dtype=torch.uint8)
+    for k, index in enumerate(shown):
+        pictures[last:index] = [None] * (index - last)
+        last = index
+        video[k] = pictures[index]
+    return video
 
 
 def _mixed(audio: Tensor, channels: int | None) -> Tensor:

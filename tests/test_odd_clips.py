@@ -102,6 +102,35 @@ def test_edits_that_cannot_be_honoured_are_refused(whole, tmp_path, edits, speed
     assert reason in refused(with_edits(whole, tmp_path / "b.mp4", edits, speed))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda data: data.replace(b"edts", b"edtx", 1), "its edit list is damaged"),
+        (lambda data: data.replace(b"elst", b"elsx", 1), "its edit list is damaged"),
+        (lambda data: after(data, b"stsz", 15, 1), "some lie within others"),
+        (lambda data: after(data, b"stsz", 8, 1), "tables of times are damaged"),
+        (lambda data: after(data, b"stsz", 11, -1), "disagree about their number"),
+        (lambda data: after(data, b"stsc", 11, 1), "disagree about their number"),
+        (lambda data: after(data, b"ctts", 12, 0x70), "far from all others"),
+        (lambda data: after(data, b"mdhd", 13, 1), "shows more of its pictures than there is"),
+        (lambda data: after(data, b"mdhd", 12, -1, zero=4), "a clock of 0 Hz"),
+    ],
+)
+def test_damaged_tables_are_refused(whole, tmp_path, spoil, reason):
+    """FFmpeg does without what it cannot read of them, and moves what comes after."""
+    path = tmp_path / "b.mp4"
+    path.write_bytes(spoil(whole.read_bytes()))
+    assert reason in refused(path)
+
+
+def after(data: bytes, name: bytes, place: int, change: int, zero=0) -> bytes:
+    """A byte so far behind a box's name changed by so much, or some set to 0."""
+    spoilt, at = bytearray(data), data.index(name) + 4 + place
+    spoilt[at] = (spoilt[at] + change) % 256
+    spoilt[at : at + zero] = bytes(zero)
+    return bytes(spoilt)
+
+
 # --- rates and stills -----------------------------------------------------------------------------
 
 

@@ -25,9 +25,9 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
-from syncdpo.data.edits import Track, read_tracks
+from syncdpo.data.edits import DamagedTables, Track, read_tracks
 from syncdpo.data.sound import Sound
-from syncdpo.data.wholeness import fault
+from syncdpo.data.wholeness import fault, pictures_begun
 
 # swscale's exact paths: without them the mean colour drifts by 1 to 2 of 255.
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -38,7 +38,7 @@ _COVERED = 0.9  # share of a still that has sound
 _INTERLEAVED = 30.0  # s by which sound may lag behind the pictures in a file
 _WORDS = {"video": "pictures", "audio": "sound"}
 _AHEAD = 0.5  # s of sound read beyond what is asked for, more than any jitter of its stamps
-_LOST = 0.05  # share of pictures that may fail to decode
+_LOST = 0.01  # share of pictures that may fail to decode
 _REGULAR = 0.005  # by which a header's or a usual frame rate may differ from the timestamps'
 _CLOCK = 0.0011  # s by which steps may differ where a container rounds to a millisecond
 _CHUNK_HEADER = 8  # bytes of an AVI's chunk before its data
@@ -134,6 +134,18 @@ def _open(path: Path, options: dict[str, str]):
     return av.open(f"file:{path}", options=options, metadata_errors="ignore")
 
 
+def _packets(container, *streams) -> Iterator:
+    packets = container.demux(*streams)
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError as error:  # PyAV looks for it among those known at the beginning
+            raise _Refused("damaged: a stream of it begins in the middle") from error
+        if packet is None:
+            return
+        yield packet
+
+
 # --- which streams --------------------------------------------------------------------------------
 
 
@@ -188,7 +200,7 @@ def _note(stream, others: list, kind: str) -> Iterator[str]:
 def _moving(container, films: list) -> list:
     """Those with more than one picture; a thumbnail not marked as one has no second."""
     packets = dict.fromkeys((film.index for film in films), 0)
-    for packet in container.demux(films):
+    for packet in _packets(container, *films):
         packets[packet.stream_index] += packet.size > 0
         if min(packets.values()) > 1:
             break
@@ -198,7 +210,7 @@ def _moving(container, films: list) -> list:
 def _odd_edits(path: Path, video, audio) -> tuple[Track, Track] | None:
     try:
         tracks = read_tracks(path)
-    except ValueError as error:
+    except DamagedTables as error:
         raise _Refused(str(error)) from error
     if video.id not in tracks or audio.id not in tracks:
         return None
@@ -209,6 +221,8 @@ def _odd_edits(path: Path, video, audio) -> tuple[Track, Track] | None:
         if abs(track.promised - track.summed) > _LENGTHS:
             raise _Refused(f"damaged: its header promises {track.promised:.2f} s of {kind}, its "
                            f"table of samples {track.summed:.2f} s")  # fmt: skip
+        if max(edit.media + edit.length for edit in track.edits) > track.last + _LENGTHS:
+            raise _Refused(f"damaged: its edit list shows more of its {kind} than there is")
     if not all(track.in_order() for track in pair):
         raise _Refused("its edit list shows parts again or out of order, which is not supported")
     plain = pair[0].is_plain(pictures=True) and pair[1].is_plain(pictures=False)
@@ -319,7 +333,7 @@ def _late_pictures(container, video, audio) -> tuple[float, float]:
     if not priming or not container.metadata.get("software", "").startswith("Lavf"):
         return 0.0, 0.0
     places = []
-    for packet in container.demux(video):
+    for packet in _packets(container, video):
         places += [packet.dts] if packet.dts is not None and packet.size else []
         if len(places) == 2:
             break
@@ -353,7 +367,7 @@ class _Reading:
         self.done = {"video": False, "audio": False}
         self.sent: list[float] = []  # when the pictures are shown that were given to the decoder
         self.decoded: list[float] = []
-        self.failed = 0
+        self.failed = self.packets = 0  # of pictures
         self.interlaced = False
 
     def _stamps(self) -> _Stamps:
@@ -367,7 +381,7 @@ class _Reading:
         return _Stamps(length)
 
     def run(self) -> None:
-        for packet in self.container.demux(self.video, self.audio):
+        for packet in _packets(self.container, self.video, self.audio):
             kind = packet.stream.type
             if not packet.size and packet.dts is not None:
                 continue  # "the same as before", in Theora and in AVI; decoders take it for the end
@@ -375,7 +389,7 @@ class _Reading:
                 self.partial[kind] = packet.is_corrupt
                 self.suspect |= packet.is_corrupt
             self.stamps.packet(packet)
-            if kind == "video":
+            if kind == "video" and packet.size:
                 self._count(packet)
             if not self.done[kind]:
                 for frame in self._frames(packet):
@@ -395,6 +409,7 @@ class _Reading:
     def _count(self, packet) -> None:
         """Pictures that are to come, from the first that can be decoded by itself; none comes of
         what an edit list hides, nor of the frames that VP8 only refers to."""
+        self.packets += 1
         if self.done["video"] or packet.is_discard or packet.pts is None:
             return
         hidden = self.video.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
@@ -469,6 +484,11 @@ class _Reading:
         reason = fault(path, self.container.format.name)
         if reason is not None:
             raise _Refused(reason)
+        if self.container.format.name == "mpegts" and not self.interlaced:
+            # A picture without a beginning runs into the next, which then is shown in its place.
+            lost = pictures_begun(path, self.video.id) - self.packets
+            if lost > 0:
+                raise _Refused(f"damaged: {lost} of its pictures have no beginning")
         for stream, track in zip((self.video, self.audio), self.chosen.tracks or (None, None),
                                  strict=True):  # fmt: skip
             if not self.done[stream.type]:
@@ -477,11 +497,13 @@ class _Reading:
 
     def _check_decoded(self) -> None:
         # Decoders give frames in the order shown, so all from before the last of them have come.
+        # Before the first there may be some that refer to what was cut off.
+        first = min(self.decoded, default=-math.inf)
         last = max(self.decoded, default=math.inf) if self.done["video"] else math.inf
-        wanted = sum(time < last for time in self.sent)
-        lost = wanted - len(self.decoded)
+        wanted = sum(first <= time < last for time in self.sent)
+        lost = wanted - sum(time < last for time in self.decoded)
         # Interlaced pictures may come as two fields, a packet each.
-        few = lost > max(1, _LOST * wanted) and not (self.interlaced and lost <= 0.55 * wanted)
+        few = lost > _LOST * wanted and not (self.interlaced and lost <= 0.55 * wanted)
         if few or self.failed:
             raise _Refused(f"damaged or truncated: {max(lost, self.failed)} of {wanted} pictures "
                            "could not be decoded")  # fmt: skip

@@ -22,7 +22,7 @@ _NOISY = 0.001  # s; stamps that scatter by more than rounding explains
 _RETURNS = 8  # packets after which a stamp that was off is a break and no slip
 _KNOT = 10.0  # s between the knots of a clock that drifts
 _DRIFT = 0.001  # s over a clip; less is not worth a resampling
-_SPEED = 0.02  # a clock out by more is no drift but a wrong sample rate
+_SPEED = 0.01  # a clock out by more is no drift but a wrong sample rate
 _BROKEN_LEAST, _BROKEN = (
     8,
     0.2,

@@ -11,6 +11,8 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 _UNKNOWN = -1
 # Matroska's elements. Of those of unknown length the members are looked at instead.
 _SEGMENT, _CLUSTER, _CHECKSUM = 0x18538067, 0x1F43B675, 0xBF
@@ -140,3 +142,17 @@ def _mov(file: BinaryIO, size: int) -> str | None:
             return None
         at += length
     return _ends_in("a box") if at > size else None
+
+
+def pictures_begun(path: Path, number: int) -> int:
+    """How many packets of a transport stream begin a picture of the stream with that number (PID).
+
+    0 where packets are not plain ones.
+    """
+    data = np.memmap(path, np.uint8, "r")
+    packets = data[: len(data) // _TS_PACKETS[0] * _TS_PACKETS[0]].reshape(-1, _TS_PACKETS[0])
+    if not len(packets) or (packets[:, 0] == _TS_SYNC).mean() < 0.5:
+        return 0
+    stream = (packets[:, 1].astype(int) & 0x1F) << 8 | packets[:, 2]
+    begins = packets[:, 1] & 0x40 > 0
+    return int(np.count_nonzero((stream == number) & begins & (packets[:, 0] == _TS_SYNC)))

@@ -134,7 +134,7 @@ def read_clip(
 
     Raises ClipError, with a reason of one line, for whatever keeps the file from being such a clip:
     missing, empty, truncated, damaged, no media at all, without pictures or without sound, silent
-    (if asked), shorter than asked.
+    (if asked), shorter than asked, or without a way to tell when it is (see docs/clips.md).
     """
     for name, value in (("seconds", seconds), ("fps", fps), ("sample_rate", sample_rate),
                         ("channels", channels)):  # fmt: skip

@@ -70,7 +70,7 @@ def demo(
     spread = _given({"offset_spread": offset_spread})
     report = run(DemoConfig(output, clips, steps, samples, seed=seed, **spread))
     typer.echo(format_table(report))
-    typer.echo(f"\nOpen {output / 'report.html'}")
+    _say(f"\nOpen {output / 'report.html'}")
 
 
 @app.command()
@@ -143,7 +143,7 @@ def prepare(
         strict=strict,
         shard=(int(rank), int(world)),
     )
-    typer.echo(str(summary))
+    _say(str(summary))
 
 
 def _load_model(name: str, **wanted):
@@ -151,6 +151,12 @@ def _load_model(name: str, **wanted):
     from syncdpo.models import load_model
 
     return load_model(name, **_given(wanted))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Prints names in whatever encoding the terminal has."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def _given(options: dict) -> dict:
@@ -262,7 +268,7 @@ def sample(
         loaded.load_weights(weights)
     seeds = noise_seeds(count, seed, "sample")
     for path in generate(loaded, output, seeds, captions=texts, steps=steps, **guidance):
-        typer.echo(str(path))
+        _say(str(path))
 
 
 def _lines(captions: Path) -> list[str]:
@@ -287,7 +293,7 @@ def evaluate(
     from syncdpo.evaluation import evaluate_folder, load_metric
 
     extra = dict(map(load_metric, metric or []))
-    typer.echo(evaluate_folder(clips, output, with_av_align=av_align, extra=extra))
+    _say(evaluate_folder(clips, output, with_av_align=av_align, extra=extra))
 
 
 @app.command()
@@ -339,7 +345,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, TrainingDiverged) as error:
-        typer.echo(f"syncdpo: {error}", err=True)
+        _say(f"syncdpo: {error}", err=True)
         sys.exit(3 if isinstance(error, TrainingDiverged) else 2)
 
 

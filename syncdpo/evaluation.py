@@ -7,14 +7,15 @@ import html
 import importlib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
 from tqdm import tqdm
 
-from syncdpo.data.clips import Clip, ClipError, list_clips, read_clip
+from syncdpo.data.clips import Clip, ClipError, find_clips, read_clip
+from syncdpo.data.files import readable, reasons, unexpected
 from syncdpo.metrics import ClipMetrics, av_align, clip_metrics, summarise
 
 Metric = Callable[[Clip], float | None]
@@ -47,11 +48,13 @@ offset: positive where the sound is late; AV-Align as JavisBench computes it.$ex
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One clip: its name, its events, and scores by name, None where there is no telling."""
+    """One clip: its name, its events, scores by name, None where there is no telling, and what its
+    reader had to choose, a sentence each."""
 
     name: str
     metrics: ClipMetrics
     scores: dict[str, float | None]
+    notes: tuple[str, ...] = ()
 
     def row(self) -> dict:
         return {"clip": self.name} | self.scores | summarise([self.metrics])
@@ -79,28 +82,33 @@ def evaluate_folder(
         raise ValueError(f"extra: expected names that are no columns yet, got {', '.join(taken)}")
     scores = ({"av_align": av_align} if with_av_align else {}) | extra
     columns = COLUMNS | dict.fromkeys(extra, "{:.4g}")
-    done, skipped = [], []
-    for path in tqdm(list_clips(folder), "evaluate", unit="clip", disable=not progress):
+    paths, skipped = find_clips(folder)
+    done = []
+    for path in tqdm(paths, "evaluate", unit="clip", disable=not progress):
         try:
             clip = read_clip(path, require_sound=False)
         except ClipError as error:
-            skipped.append(error)
+            skipped.append((path, error.reason))
+        except Exception as error:  # one odd file does not end the others' evaluation
+            skipped.append((path, unexpected(error)))
         else:
-            done.append(_evaluated(str(path.relative_to(folder)), clip, scores))
+            done.append(_evaluated(readable(path.relative_to(folder)), clip, scores))
     if not done:
-        reasons = "".join(f"\n  {error}" for error in skipped)
-        raise ValueError(f"clips: none in {folder} can be used{reasons}")
+        raise ValueError("\n".join([f"clips: none in {folder} can be used", *reasons(skipped)]))
     rows = [_formatted(row, columns) for row in (_overall(done), *(e.row() for e in done))]
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "clips.csv").open("w", newline="") as file:
+    with (output / "clips.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    (output / "report.html").write_text(_page(folder, rows, skipped, extra))
+    (output / "report.html").write_text(_page(folder, rows, skipped, extra), "utf-8")
     lines = [f"{name:<22} {value}" for name, value in rows[0].items() if name != "clip"]
-    if skipped:
-        lines += [f"{len(skipped)} skipped:"] + [f"  {error}" for error in skipped]
-    return "\n".join([f"{len(done)} clips in {folder}", *lines, f"see {output / 'report.html'}"])
+    noted = [(folder / entry.name, note) for entry in done for note in entry.notes]
+    for title, named in (("skipped", skipped), ("noted", noted)):
+        if named:
+            lines += [f"{len(named)} {title}:", *reasons(named)]
+    first, last = f"{len(done)} clips in {readable(folder)}", f"see {output / 'report.html'}"
+    return "\n".join([first, *lines, last])
 
 
 def load_metric(name: str) -> tuple[str, Metric]:
@@ -125,7 +133,7 @@ def _evaluated(name: str, clip: Clip, scores: Mapping[str, Metric]) -> Evaluated
     for column, metric in scores.items():
         value = metric(clip)
         found[column] = None if value is None or math.isnan(value) else float(value)
-    return Evaluated(name, clip_metrics(clip), found)
+    return Evaluated(name, clip_metrics(clip), found, clip.notes)
 
 
 def _overall(done: list[Evaluated]) -> dict:
@@ -146,19 +154,21 @@ def _formatted(row: dict, columns: dict[str, str]) -> dict[str, str]:
 def _page(
     folder: Path,
     rows: list[dict[str, str]],
-    skipped: list[ClipError],
+    skipped: Sequence[tuple[Path, str]],
     extra: Mapping[str, Metric],
 ) -> str:
     def line(row: dict[str, str], style: str = "") -> str:
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values())
         return f'<tr class="{style}">{cells}</tr>'
 
-    reasons = "".join(f"<li>{html.escape(str(error))}</li>" for error in skipped)
+    named = "".join(
+        f"<li>{html.escape(f'{readable(path)}: {reason}')}</li>" for path, reason in skipped
+    )
     titles = [html.escape(name.replace("_", " ")) for name in rows[0]]
     return PAGE.substitute(
-        folder=html.escape(str(folder)),
+        folder=html.escape(readable(folder)),
         extra=html.escape(f" Given by the user: {', '.join(extra)}." if extra else ""),
         header="".join(f"<th>{title}</th>" for title in titles),
         rows=line(rows[0], "overall") + "".join(map(line, rows[1:])),
-        skipped=f"<h2>Skipped</h2><ul>{reasons}</ul>" if skipped else "",
+        skipped=f"<h2>Skipped</h2><ul>{named}</ul>" if skipped else "",
     )

@@ -18,8 +18,12 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from torch import Tensor
 
 from syncdpo.data.decoding import EXACT, ClipError, Streams, decode
+from syncdpo.data.files import files_below
 
-EXTENSIONS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
+EXTENSIONS = frozenset({
+    ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
+    ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
+})  # fmt: skip
 SILENCE = 1e-3  # peak amplitude (-60 dB) below which a clip has no sound worth the name
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
@@ -70,14 +74,13 @@ def list_clips(folder: str | Path) -> list[Path]:
 
     Raises NotADirectoryError where there is no such folder.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"folder: expected a folder of clips, got {folder}")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
+    return find_clips(folder)[0]
+
+
+def find_clips(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """`list_clips`, and what has a clip's name but cannot be read, with its reason: links to
+    nothing, and folders that are not entered (see `files_below`)."""
+    return files_below(folder, EXTENSIONS)
 
 
 def read_clips(
@@ -211,7 +214,8 @@ def write_clip(path: str | Path, clip: Clip) -> None:
     _check_writable(clip)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as out:
+        options = {"movflags": "faststart"}
+        with av.open(f"file:{partial}", "w", format="mp4", options=options) as out:
             video, audio = _add_video(out, clip), _add_audio(out, clip)
             for frame in _pictures(clip):
                 out.mux(video.encode(frame))

@@ -25,8 +25,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from syncdpo.data.captions import caption_of
-from syncdpo.data.clips import Clip, ClipError, list_clips, read_clip
-from syncdpo.data.files import canonical_json, digest, remove_leftovers, write_atomic
+from syncdpo.data.clips import Clip, ClipError, find_clips, read_clip
+from syncdpo.data.files import (
+    canonical_json,
+    digest,
+    readable,
+    reasons,
+    remove_leftovers,
+    unexpected,
+    write_atomic,
+)
 from syncdpo.data.winners import winner_flags
 from syncdpo.overlap import futures
 
@@ -37,12 +45,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass
 class PrepareSummary:
-    """What one process did: clips made, kept from before, and left out, with reasons."""
+    """What one process did: clips made, kept from before, and left out, with reasons.
+
+    noted: what the reader had to choose in clips that were made.
+    """
 
     made: int = 0
     kept: int = 0
     skipped: list[tuple[Path, str]] = field(default_factory=list)
     flagged: list[tuple[Path, str]] = field(default_factory=list)
+    noted: list[tuple[Path, str]] = field(default_factory=list)
     without_caption: list[Path] = field(default_factory=list)
 
     @property
@@ -51,13 +63,14 @@ class PrepareSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.usable} clips in the cache ({self.made} made, {self.kept} kept)"]
-        for title, rows in (("skipped", self.skipped), ("flagged", self.flagged)):
+        named = (("skipped", self.skipped), ("flagged", self.flagged), ("noted", self.noted))
+        for title, rows in named:
             if rows:
                 lines.append(f"{len(rows)} {title}:")
-                lines += [f"  {path}: {reason}" for path, reason in rows]
+                lines += reasons(rows)
         if self.without_caption:
             lines.append(f"{len(self.without_caption)} without a caption:")
-            lines += [f"  {path}" for path in self.without_caption]
+            lines += [f"  {readable(path)}" for path in self.without_caption]
         return "\n".join(lines)
 
 
@@ -108,10 +121,10 @@ def prepare(
     rank, world = _check_shard(shard)
     out = Path(out)
     identity = model.identity()
-    items = _list_items(clips, captions, out)
+    items, left = _list_items(clips, captions, out)
     _claim(out, identity)
 
-    summary = PrepareSummary()
+    summary = PrepareSummary(skipped=left if rank == 0 else [])
     mine = items[rank::world]
     if captions is not None:
         summary.without_caption = [item.path for item in mine if item.caption is None]
@@ -223,10 +236,13 @@ def _encode(
 ) -> None:
     try:
         decoded: Clip = clip.result()
+        flags = winner_flags(decoded, item.path)
     except ClipError as error:
         summary.skipped.append((item.path, error.reason))
         return
-    flags = winner_flags(decoded, item.path)
+    except Exception as error:  # one odd file ends no run over thousands
+        summary.skipped.append((item.path, unexpected(error)))
+        return
     if _report(item, flags, strict, summary):
         return
     tensors = model.encode(decoded, item.caption or "")
@@ -238,6 +254,7 @@ def _encode(
     record = item.record(digest(identity)) | {"flags": flags}
     # One metadata key only: the header's order, so the file's bytes, never depend on hashing.
     write_atomic(item.target, save(tensors, metadata={"syncdpo": canonical_json(record)}))
+    summary.noted += [(item.path, note) for note in decoded.notes]
     summary.made += 1
 
 
@@ -263,23 +280,28 @@ def _decode(path: Path, clip_format) -> Clip:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def _list_items(clips, captions: Mapping[str, str] | None, out: Path) -> list[_Item]:
+def _list_items(
+    clips, captions: Mapping[str, str] | None, out: Path
+) -> tuple[list[_Item], list[tuple[Path, str]]]:
+    """The clips, and what cannot be read, with reasons."""
+    left = []
     if isinstance(clips, (str, Path)):
         root = Path(clips)
         if not root.is_dir():
             raise ValueError(f"clips: expected a folder of clips, got {root}")
-        paths = list_clips(root)
+        paths, left = find_clips(root)
     else:
         paths = sorted(Path(path) for path in clips)
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     if not paths:
-        raise ValueError(f"clips: no clips found in {clips}")
+        raise ValueError("\n".join([f"clips: no clips found in {clips}", *reasons(left)]))
     items = []
     for path in paths:
         source = path.relative_to(root).as_posix()
         caption = caption_of(source, captions) if captions is not None else None
+        source = readable(source)  # a name that is not UTF-8 stands in no index
         items.append(_Item(path, source, caption, out / "latents" / _file_name(source)))
-    return sorted(items, key=lambda item: item.source)
+    return sorted(items, key=lambda item: item.source), left
 
 
 def _file_name(source: str) -> str:

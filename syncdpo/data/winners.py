@@ -90,7 +90,7 @@ def mistaken_rate(fps: float, pictures: float, sound: float) -> float | None:
 
 def _stream_lengths(path: str | Path) -> tuple[float, float, float]:
     """(frames per second, seconds of pictures, seconds of sound), as the file's header says."""
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}", metadata_errors="ignore") as container:
         video, audio = container.streams.video[0], container.streams.audio[0]
         lengths = [float((s.duration or 0) * s.time_base) for s in (video, audio)]
         return float(video.average_rate or video.guessed_rate), *lengths

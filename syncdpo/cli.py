@@ -119,7 +119,7 @@ def prepare(
     output: Output = Path("runs/latents"),
     model: Annotated[str, typer.Option(help="tiny, or an LTX-2 folder or hub id.")] = "tiny",
     captions: Annotated[
-        Path | None, typer.Option(help="csv, jsonl or json; default: .txt beside each clip.")
+        Path | None, typer.Option(help="csv, jsonl or json; default: a .txt beside each clip.")
     ] = None,
     strict: Annotated[bool, typer.Option(help="Leave out clips that look out of step.")] = False,
     shard: Annotated[str, typer.Option(help="rank/world: this process's share.")] = "0/1",
@@ -135,11 +135,14 @@ def prepare(
     rank, _, world = shard.partition("/")
     if not (rank.isdecimal() and world.isdecimal()):
         raise ValueError(f"shard: expected rank/world, as 0/4, got {shard!r}")
+    found = read_captions(clips, captions)
+    if str(found):
+        _say(str(found))  # before hours of encoding
     summary = prepare_clips(
         _load_model(model, frames=frames, height=height, width=width, fps=fps),
         clips,
         output,
-        captions=read_captions(clips, captions) or None,
+        captions=found or None,
         strict=strict,
         shard=(int(rank), int(world)),
     )
@@ -272,8 +275,16 @@ def sample(
 
 
 def _lines(captions: Path) -> list[str]:
-    """A caption from each line that has one."""
-    texts = [line.strip() for line in captions.read_text("utf-8").splitlines() if line.strip()]
+    """A caption from each line that has one; lines end at line feeds only."""
+    from syncdpo.data.captions import NO_TEXT, decode_text
+
+    try:
+        text, guess = decode_text(captions.read_bytes())
+    except UnicodeError as error:
+        raise ValueError(f"captions: {captions} is {NO_TEXT}") from error
+    if guess:
+        _say(f"captions: {captions}: {guess}", err=True)
+    texts = [line.strip() for line in text.split("\n") if line.strip()]
     if not texts:
         raise ValueError(f"captions: expected a caption on each line, got none in {captions}")
     return texts

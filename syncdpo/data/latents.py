@@ -47,7 +47,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 class PrepareSummary:
     """What one process did: clips made, kept from before, and left out, with reasons.
 
-    noted: what the reader had to choose in clips that were made.
+    noted: what the reader had to choose in clips that were made. no_captions: there were none to
+    look into.
     """
 
     made: int = 0
@@ -56,6 +57,8 @@ class PrepareSummary:
     flagged: list[tuple[Path, str]] = field(default_factory=list)
     noted: list[tuple[Path, str]] = field(default_factory=list)
     without_caption: list[Path] = field(default_factory=list)
+    empty_caption: list[Path] = field(default_factory=list)
+    no_captions: bool = False
 
     @property
     def usable(self) -> int:
@@ -68,9 +71,13 @@ class PrepareSummary:
             if rows:
                 lines.append(f"{len(rows)} {title}:")
                 lines += reasons(rows)
-        if self.without_caption:
-            lines.append(f"{len(self.without_caption)} without a caption:")
-            lines += [f"  {readable(path)}" for path in self.without_caption]
+        uncaptioned = (("without a", self.without_caption), ("with an empty", self.empty_caption))
+        for title, paths in uncaptioned:
+            if paths:
+                lines.append(f"{len(paths)} {title} caption:")
+                lines += [f"  {readable(path)}" for path in paths]
+        if self.no_captions:
+            lines.append("no captions: none of the clips has one")
         return "\n".join(lines)
 
 
@@ -124,10 +131,11 @@ def prepare(
     items, left = _list_items(clips, captions, out)
     _claim(out, identity)
 
-    summary = PrepareSummary(skipped=left if rank == 0 else [])
+    summary = PrepareSummary(skipped=left if rank == 0 else [], no_captions=captions is None)
     mine = items[rank::world]
     if captions is not None:
         summary.without_caption = [item.path for item in mine if item.caption is None]
+        summary.empty_caption = [item.path for item in mine if item.caption == ""]
     try:
         pending = [item for item in mine if not _keep(item, identity, strict, summary)]
         with tqdm(

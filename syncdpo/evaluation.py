@@ -8,15 +8,28 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 
+import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from syncdpo.data.clips import Clip, ClipError, find_clips, read_clip
+from syncdpo.data.decoding import decode
 from syncdpo.data.files import readable, reasons, unexpected
-from syncdpo.metrics import ClipMetrics, av_align, clip_metrics, summarise
+from syncdpo.metrics import (
+    BLIND,
+    GRID,
+    ClipMetrics,
+    Flow,
+    cell_events,
+    flow_align,
+    picture_cells,
+    sound_events,
+    summarise,
+)
 
 Metric = Callable[[Clip], float | None]
 
@@ -70,8 +83,12 @@ def evaluate_folder(
 ) -> str:
     """Measure every clip of `folder`; write clips.csv and report.html to `output`.
 
+    Pictures are measured at the times at which the file shows them, and looked at one by one as
+    they are decoded: a film of any length fits in memory.
+
     extra: metrics of your own by the names of their columns, `Clip` → float, None or NaN where a
-        clip has none; the overall figure is the mean of the others.
+        clip has none; the overall figure is the mean of the others. They get the clip as
+        `read_clip` gives it, whole, at full size and at one frame rate.
 
     Returns the overall figures and what was skipped, as text. Raises ValueError where no clip can
     be read or an extra metric has the name of a column, ImportError where AV-Align lacks librosa
@@ -80,19 +97,22 @@ def evaluate_folder(
     extra = dict(extra or {})
     if taken := extra.keys() & COLUMNS:
         raise ValueError(f"extra: expected names that are no columns yet, got {', '.join(taken)}")
-    scores = ({"av_align": av_align} if with_av_align else {}) | extra
+    if with_av_align:
+        importlib.import_module("librosa")
+        importlib.import_module("cv2")
     columns = COLUMNS | dict.fromkeys(extra, "{:.4g}")
     paths, skipped = find_clips(folder)
     done = []
     for path in tqdm(paths, "evaluate", unit="clip", disable=not progress):
         try:
-            clip = read_clip(path, require_sound=False)
+            seen, clip = _seen(path, folder, with_av_align), read_clip(path) if extra else None
         except ClipError as error:
             skipped.append((path, error.reason))
         except Exception as error:  # one odd file does not end the others' evaluation
             skipped.append((path, unexpected(error)))
         else:
-            done.append(_evaluated(readable(path.relative_to(folder)), clip, scores))
+            scores = {name: _number(metric(clip)) for name, metric in extra.items()}
+            done.append(replace(seen, scores=seen.scores | scores))
     if not done:
         raise ValueError("\n".join([f"clips: none in {folder} can be used", *reasons(skipped)]))
     rows = [_formatted(row, columns) for row in (_overall(done), *(e.row() for e in done))]
@@ -128,12 +148,50 @@ def load_metric(name: str) -> tuple[str, Metric]:
     return function, metric
 
 
-def _evaluated(name: str, clip: Clip, scores: Mapping[str, Metric]) -> Evaluated:
-    found = {}
-    for column, metric in scores.items():
-        value = metric(clip)
-        found[column] = None if value is None or math.isnan(value) else float(value)
-    return Evaluated(name, clip_metrics(clip), found, clip.notes)
+class _Look:
+    """What the metrics need of pictures that come one after the other: each a row of `cells` and an
+    entry of `flows`, whose index is returned.
+
+    Rows lie in one block: many small pieces of memory between big pictures would leave holes that
+    no picture fits into, and a minute of film would take as much memory as all its pictures.
+    """
+
+    def __init__(self, flow: Flow | None):
+        self.flow = flow
+        self.cells = np.empty((1024, GRID * GRID))
+        self.flows: list[float] = []
+
+    def __call__(self, picture: Tensor) -> int:
+        place = len(self.flows)
+        if place == len(self.cells):
+            self.cells = np.concatenate([self.cells, np.empty_like(self.cells)])
+        self.cells[place] = picture_cells(picture[None])[0]
+        self.flows.append(self.flow(picture) if self.flow else 0.0)
+        return place
+
+
+def _seen(path: Path, folder: Path, with_av_align: bool) -> Evaluated:
+    """One file by the built-in metrics, its pictures at their own times. Raises ClipError."""
+    look = _Look(Flow() if with_av_align else None)
+    streams = decode(path, None, None, keep=look)
+    if not streams.sound.isfinite().all():
+        raise ClipError(path, "its sound holds NaN or infinity")
+    sound, times = streams.sound.clamp(-1, 1), np.array(streams.picture_times)
+    metrics = ClipMetrics(
+        cell_events(look.cells[streams.pictures], times),
+        sound_events(sound, streams.sample_rate),
+        streams.seconds,
+        blind=float(np.interp(BLIND, np.arange(len(times) + 1), [*times, streams.seconds])),
+    )
+    scores = {}
+    if with_av_align:
+        flows, frame = np.array(look.flows)[streams.pictures], 1 / streams.fps
+        scores["av_align"] = flow_align(flows, times, frame, sound, streams.sample_rate)
+    return Evaluated(readable(path.relative_to(folder)), metrics, scores, streams.notes)
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _overall(done: list[Evaluated]) -> dict:

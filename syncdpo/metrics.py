@@ -7,10 +7,10 @@ beginning, offsets are heard − seen: positive where the sound is late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from syncdpo.data.clips import Clip
+
+Reduction = Callable[..., np.ndarray]
+Around = Callable[[Reduction, float], np.ndarray]
 
 # ITU-R BT.1359-1: seconds by which sound may lead and lag the picture.
 UNDETECTABLE = (0.045, 0.125)
@@ -38,6 +41,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 # Sound
 WINDOW, HOP, REACH = 0.032, 0.005, 2  # s, s, hops
+FRAMES = 1024  # windows whose spectra are held at once; 5 s
 BANDS, LOWEST, HIGHEST = 32, 80.0, 8000.0  # mel bands, Hz, Hz
 LATENCY = 0.005  # s by which the flux of a decaying sound peaks before its attack; measured
 SOUND_FLOOR, SOUND_RATIO, SOUND_CONTRAST = 2e-3, 0.3, 4.0
@@ -59,19 +63,52 @@ def picture_events(video: Tensor, fps: float) -> np.ndarray:
 
     video: uint8 [T,H,W,3]. fps: Hz.
     """
+    return cell_events(picture_cells(video), np.arange(len(video)) / fps)
+
+
+def picture_cells(video: Tensor) -> np.ndarray:
+    """All that `picture_events` looks at, 16×16 cells of luma in [0, 1]: float64 [T,256].
+
+    Cells as of `torch.nn.functional.adaptive_avg_pool2d`, each from ⌊i·n/16⌋ to ⌈(i+1)·n/16⌉; sums
+    of integers, so exact, and without a copy of big pictures as floats. video: uint8 [T,H,W,3].
+    """
     if video.ndim != 4 or video.shape[-1] != 3:
         raise ValueError(f"video: expected [T,H,W,3], got {list(video.shape)}")
-    if len(video) < 3:
+    means = []
+    for top, bottom in _edges(video.shape[1]):
+        row = video[:, top:bottom].sum(1, dtype=torch.int32)
+        for left, right in _edges(video.shape[2]):
+            means.append(
+                row[:, left:right].sum(1).double() / (255.0 * (bottom - top) * (right - left))
+            )
+    cells = torch.stack(means, 1).cpu()
+    return (cells @ torch.tensor(LUMA, dtype=torch.float64)).numpy()
+
+
+def _edges(length: int) -> list[tuple[int, int]]:
+    """Where each of `GRID` cells begins and ends."""
+    return [(i * length // GRID, -(-(i + 1) * length // GRID)) for i in range(GRID)]
+
+
+def cell_events(cells: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """`picture_events` of pictures that come on at times of their own: float64 [events].
+
+    cells: [T,256] (`picture_cells`). times: [T] in seconds, ascending, from the clip's beginning. A
+    step into picture k is timed at times[k], whatever the rate before and after.
+    """
+    if len(cells) < 3:
         return np.empty(0)
-    change = np.diff(_cells(video), axis=0)
+    change = np.diff(cells, axis=0)
     light = change.mean(1)
     motion = np.maximum(np.clip(change, 0, None).mean(1), np.clip(-change, 0, None).mean(1))
     before = np.maximum(_later(motion, 1), _later(motion, 2))
     rise = RISE * np.clip(motion - before, 0, None)
-    peaks = _peaks(np.abs(light) + rise, fps, PICTURE_FLOOR, PICTURE_RATIO, PICTURE_CONTRAST)
+    strength = np.abs(light) + rise
+    around = partial(_around, strength, times[1:])
+    peaks = _peaks(strength, around, PICTURE_FLOOR, PICTURE_RATIO, PICTURE_CONTRAST)
     refined = [_refined(np.clip(np.copysign(1, light[k]) * light, 0, None) + rise, k)
                for k in peaks]  # fmt: skip
-    return (np.array(refined, dtype=np.float64) + 1) / fps
+    return np.interp(np.array(refined, dtype=np.float64) + 1, np.arange(len(times)), times)
 
 
 def sound_events(audio: Tensor, sample_rate: int) -> np.ndarray:
@@ -87,16 +124,16 @@ def sound_events(audio: Tensor, sample_rate: int) -> np.ndarray:
     """
     if audio.ndim != 2:
         raise ValueError(f"audio: expected [C,N], got {list(audio.shape)}")
-    size, hop = round(WINDOW * sample_rate) // 2 * 2, round(HOP * sample_rate)
+    size, hop = round(WINDOW * sample_rate) // 2 * 2, max(1, round(HOP * sample_rate))
     if audio.shape[1] <= size:
         return np.empty(0)
     # Whole windows only: nothing is made up beyond the ends, where it would seem to begin or end.
-    frames = audio.float().mean(0).unfold(0, size, hop) * torch.hann_window(size)
-    spectrum = torch.fft.rfft(frames).abs() * (4 / size)
-    level = (spectrum.square() @ _mel_bands(size, sample_rate)).sqrt()
+    frames = audio.float().mean(0).unfold(0, size, hop)
+    level = torch.cat([_level(part, sample_rate) for part in frames.split(FRAMES)])
     level = F.pad(level.T[None], (REACH, REACH), mode="replicate")[0]
     flux = (level[:, 2 * REACH :] - level[:, : -2 * REACH]).clamp(min=0).sum(0).double().numpy()
-    peaks = _peaks(flux, sample_rate / hop, SOUND_FLOOR, SOUND_RATIO, SOUND_CONTRAST)
+    around = partial(_windows, flux, sample_rate / hop)
+    peaks = _peaks(flux, around, SOUND_FLOOR, SOUND_RATIO, SOUND_CONTRAST)
     centres = np.array([_refined(flux, k) * hop + size / 2 for k in peaks]) / sample_rate
     return np.minimum(centres + LATENCY, audio.shape[1] / sample_rate)
 
@@ -222,14 +259,11 @@ def summarise(metrics: Sequence[ClipMetrics]) -> dict[str, float | int | None]:
 # --- onset curves and their peaks -----------------------------------------------------------------
 
 
-def _cells(video: Tensor) -> np.ndarray:
-    """Luma in [0, 1] of 16×16 cells: float64 [T,256]; some pictures at a time, they may be big."""
-    weight = torch.tensor(LUMA) / 255
-    many = max(1, 2**22 // video[0].numel())
-    cells = [
-        F.adaptive_avg_pool2d((part.float() @ weight)[:, None], GRID) for part in video.split(many)
-    ]
-    return torch.cat(cells).flatten(1).double().cpu().numpy()
+def _level(frames: Tensor, sample_rate: int) -> Tensor:
+    """Amplitude in mel bands of windows [n,size]: [n,bands]."""
+    size = frames.shape[1]
+    spectrum = torch.fft.rfft(frames * torch.hann_window(size)).abs() * (4 / size)
+    return (spectrum.square() @ _mel_bands(size, sample_rate)).sqrt()
 
 
 @lru_cache(maxsize=8)
@@ -251,24 +285,40 @@ def _later(x: np.ndarray, steps: int) -> np.ndarray:
     return np.concatenate([np.repeat(x[:1], steps), x])[: len(x)]
 
 
-def _peaks(strength: np.ndarray, rate: float, floor: float, ratio: float, contrast: float):
+def _peaks(strength: np.ndarray, around: Around, floor: float, ratio: float, contrast: float):
     """Indices k where strength[k] is the largest within `GAP`, at least `floor`, at least `ratio`
-    of the largest within `SPAN`, and at least `contrast` times the median within half of that."""
-    around = _windows(strength, GAP * rate).max(1)
-    largest = _windows(strength, SPAN * rate).max(1)
-    usual = np.median(_windows(strength, SPAN / 2 * rate), axis=1)
-    enough = np.maximum(floor, np.maximum(ratio * largest, contrast * usual))
-    peak = (strength == around) & (strength >= enough)
+    of the largest within `SPAN`, and at least `contrast` times the median within half of that.
+
+    around: (reduction, seconds) → that of each value's neighbourhood, as far to either side.
+    """
+    nearest, largest = around(np.max, GAP), around(np.max, SPAN)
+    enough = np.maximum(floor, np.maximum(ratio * largest, contrast * around(np.median, SPAN / 2)))
+    peak = (strength == nearest) & (strength >= enough)
     peak[1:] &= strength[1:] != strength[:-1]  # of a plateau only its beginning
     peak[:1] = False  # what it rises from is not known: it may be the end of something earlier
     return np.nonzero(peak)[0]
 
 
-def _windows(x: np.ndarray, reach: float) -> np.ndarray:
-    """[len(x), 2·reach + 1]: each value's neighbourhood, the ends reflected."""
-    reach = max(1, round(reach))
+def _windows(x: np.ndarray, rate: float, reduce: Reduction, seconds: float) -> np.ndarray:
+    """Over each value's neighbourhood at one rate, the ends reflected: [len(x)]."""
+    reach = max(1, round(seconds * rate))
     padded = np.pad(x, reach, mode="reflect")
-    return np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    return reduce(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
+
+
+def _around(x: np.ndarray, times: np.ndarray, reduce: Reduction, seconds: float) -> np.ndarray:
+    """As `_windows`, of values at any times: those not further off than `seconds` and half a usual
+    step, one to either side at least."""
+    reach = seconds + 0.499 * float(np.median(np.diff(times)))
+    length = times[-1] - times[0]
+    laps = min(math.ceil(reach / length), 1000) if length > 0 else 1
+    edge = laps * (len(x) - 1)
+    padded = np.pad(x, edge, mode="reflect")
+    when = np.pad(times, edge, mode="reflect", reflect_type="odd")
+    middle = np.arange(len(x)) + edge
+    first = np.minimum(np.searchsorted(when, times - reach), middle - 1)
+    last = np.maximum(np.searchsorted(when, times + reach, side="right"), middle + 2)
+    return np.array([reduce(padded[a:b]) for a, b in zip(first, last, strict=True)])
 
 
 def _refined(x: np.ndarray, k: int) -> float:
@@ -294,18 +344,28 @@ def av_align(clip: Clip) -> float:
     Farneback's optical flow. 0 where nothing happens in either. Needs the extra `eval` (librosa,
     OpenCV); ImportError without it.
     """
+    flow = Flow()
+    means = [flow(picture) for picture in clip.video]
+    times = np.arange(len(means)) / clip.fps
+    return flow_align(means, times, 1 / clip.fps, clip.audio, clip.sample_rate)
+
+
+def flow_align(
+    flow: Sequence[float], times: np.ndarray, frame: float, audio: Tensor, sample_rate: int
+) -> float:
+    """`av_align` of pictures that come on at `times`; flow: `Flow` of each. frame: seconds."""
     import librosa
 
-    sound = clip.audio.mean(0).cpu().numpy()
-    sound = librosa.resample(sound, orig_sr=clip.sample_rate, target_sr=22_050)
+    sound = audio.mean(0).cpu().numpy()
+    sound = librosa.resample(sound, orig_sr=sample_rate, target_sr=22_050)
     heard = librosa.onset.onset_detect(y=sound, sr=22_050, units="time")
-    flow = _mean_flow(clip.video)
+    flow = np.array([*flow[1:2], *flow[1:]])  # into the first picture, as into the second
     middle = flow[1:-1]
     peak = (middle > flow[:-2]) & (middle > flow[2:]) & (middle >= 0.1)
-    seen = (np.nonzero(peak)[0] + 1) / clip.fps
+    seen = times[np.nonzero(peak)[0] + 1]
     hits, free = 0, np.ones(len(seen), dtype=bool)
     for time in heard:
-        near = np.nonzero(free & (np.abs(seen - time) < 1 / clip.fps))[0]
+        near = np.nonzero(free & (np.abs(seen - time) < frame))[0]
         if len(near):
             hits += 1
             free[near[0]] = False
@@ -313,14 +373,20 @@ def av_align(clip: Clip) -> float:
     return hits / union if union else 0.0
 
 
-def _mean_flow(video: Tensor) -> np.ndarray:
-    """Mean magnitude of the flow into each picture, in pixels [T]; the first repeats the second."""
-    import cv2
+class Flow:
+    """Pictures one after the other → mean magnitude of the flow into each, in pixels; the first's
+    is 0. Only the last picture's grey is held.
+    """
 
-    grey = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in video.cpu().numpy()]
-    flows = [
-        cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
-        for a, b in pairwise(grey)
-    ]
-    means = [float(np.hypot(flow[..., 0], flow[..., 1]).mean()) for flow in flows]
-    return np.array([*means[:1], *means])
+    def __init__(self):
+        self.before: np.ndarray | None = None
+
+    def __call__(self, picture: Tensor) -> float:
+        import cv2
+
+        grey = cv2.cvtColor(picture.cpu().numpy(), cv2.COLOR_RGB2GRAY)
+        before, self.before = self.before, grey
+        if before is None:
+            return 0.0
+        flow = cv2.calcOpticalFlowFarneback(before, grey, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+        return float(np.hypot(flow[..., 0], flow[..., 1]).mean())

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from syncdpo.checkpoint import read_log
 from syncdpo.config import TrainConfig
 from syncdpo.data.clips import read_clip
-from syncdpo.data.files import write_atomic
+from syncdpo.data.files import readable, write_atomic
 from syncdpo.data.latents import LatentDataset, prepare
 from syncdpo.data.synthetic import render_folder
 from syncdpo.metrics import ClipMetrics, clip_metrics, summarise
@@ -79,7 +79,8 @@ class DemoConfig:
         trained on others must not be taken for done."""
         kind = f"rendered-{1000 * self.offset_spread:g}ms"
         if self.clips:
-            kind = f"{self.clips.name}-{sha256(bytes(self.clips.resolve())).hexdigest()[:8]}"
+            path = sha256(bytes(self.clips.resolve())).hexdigest()[:8]
+            kind = f"{readable(self.clips.name)}-{path}"
         return self.output / f"{kind}-seed-{self.seed}"
 
     @property

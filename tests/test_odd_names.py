@@ -28,6 +28,7 @@ from syncdpo.data.files import readable, reasons
 from syncdpo.data.latents import LatentDataset
 from syncdpo.demo import DemoConfig, prepare_clips
 from syncdpo.metrics import clip_metrics
+from syncdpo.models import load_model
 
 NOT_UTF8 = b"caf\xe9.mp4"
 # ending → (container, codec of the picture, of the sound)
@@ -226,6 +227,16 @@ def test_the_demonstration_takes_them_too(tmp_path, good, capsys):
     clips = prepare_clips(DemoConfig(tmp_path / "demo", tmp_path / "clips", progress=False))
     assert len(clips.training) + len(clips.held_out) == 11
     assert "gone.mp4" in capsys.readouterr().out
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path, good):
+    folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"caf\xe9")))
+    folder_of_odd_names(folder, good)
+    clips = prepare_clips(DemoConfig(tmp_path / "demo", folder, progress=False))
+    assert len(clips.training) + len(clips.held_out) == 8
+    assert r"8 clips in " in invoke("evaluate", folder, "-o", folder / "out", "--no-av-align")
+    with pytest.raises(ValueError, match=r"out: expected a folder with a name in UTF-8, got .*xe9"):
+        latents.prepare(load_model("tiny"), folder, folder / "latents", progress=False)
 
 
 def test_a_folder_of_nothing_but_broken_links_says_so(tmp_path):

@@ -123,10 +123,13 @@ def prepare(
     A file appears under its name only when it is whole, and what is there and whole is not done
     again: a run that was killed at any point is resumed by the same call, and ends with the same
     bytes. Unusable clips are skipped with their reason. Raises ValueError where `out` belongs to
-    another model or no clip can be used, OSError (ENOSPC) where the disk is full.
+    another model or has a name that is not UTF-8, or no clip can be used, OSError (ENOSPC) where
+    the disk is full.
     """
     rank, world = _check_shard(shard)
     out = Path(out)
+    if bytes(out) != str(out).encode("utf-8", "replace"):  # safetensors finds no file there
+        raise ValueError(f"out: expected a folder with a name in UTF-8, got {readable(out)}")
     identity = model.identity()
     items, left = _list_items(clips, captions, out)
     _claim(out, identity)

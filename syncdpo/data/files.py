@@ -13,6 +13,7 @@ from pathlib import Path
 from unicodedata import category
 
 MANY = 3  # files with one reason that a summary puts together
+NAMED = 50  # of them that it names; the rest are counted
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -122,11 +123,12 @@ def unexpected(error: Exception) -> str:
 def reasons(rows: Sequence[tuple[Path, str]]) -> list[str]:
     """Lines of a summary: `path: reason`; many files with one reason are one line and their names.
 
-    Reasons that differ in their numbers alone are one.
+    Reasons that differ in their numbers, or in the file's own name, alone are one.
     """
     alike: dict[str, list[tuple[Path, str]]] = {}
     for path, reason in rows:
-        alike.setdefault(NUMBER.sub("…", reason), []).append((path, reason))
+        shared = NUMBER.sub("…", reason.replace(path.name, "…"))
+        alike.setdefault(shared, []).append((path, reason))
     lines = []
     for shared, group in alike.items():
         if len(group) < MANY:
@@ -134,5 +136,7 @@ def reasons(rows: Sequence[tuple[Path, str]]) -> list[str]:
             continue
         same = len({reason for _, reason in group}) == 1
         lines.append(f"  {len(group)} files: {group[0][1] if same else shared}")
-        lines += [f"    {readable(path)}" for path, _ in group]
+        lines += [f"    {readable(path)}" for path, _ in group[:NAMED]]
+        if len(group) > NAMED:
+            lines.append(f"    and {len(group) - NAMED} more")
     return lines

@@ -18,7 +18,6 @@ import pickle
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -30,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from syncdpo.data.files import reasons
 from syncdpo.data.latents import INDEX, LatentDataset
 
 FOLDER = ".precomputed"
 ONE_RATE = 1e-3  # by which rates may differ that are one: the trainer stores each clip's average
 LARGEST = 1e4  # of a latent: normalised, they stay near 1, and the square of 1e20 is infinite
 SLOW = 3.0  # seconds of checking before it shows how far it is
-NAMED = 50  # clips named for one reason; the rest are counted
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -156,14 +155,12 @@ class PrecomputedDataset(Dataset):
         if not self.clips:
             lines = [f"{len(paths)} clips in {self.root} can be used with {self._layout.model}"]
         latents = self.root / "latents"
-        skipped = [(path.relative_to(latents).as_posix(), why) for path, why in self.skipped]
-        lines += [f"  {line}" for line in _grouped(skipped)]
+        lines += reasons([(path.relative_to(latents), why) for path, why in self.skipped])
         for kind, beside in (("audio_latents", self._audio), ("conditions", self._conditions)):
             known = {beside(path) for path in paths}
             folder = self.root / kind
-            alone = [p.relative_to(folder).as_posix() for p in _files(folder) if p not in known]
-            if alone:
-                lines.append(f"  {_names(alone)} in {kind}: no latents beside")
+            alone = [p.relative_to(self.root) for p in _files(folder) if p not in known]
+            lines += reasons([(path, "no latents beside") for path in alone])
         return "\n".join(lines)
 
     # --- one clip ---------------------------------------------------------------------------------
@@ -429,28 +426,6 @@ def _commonest(found: dict[Path, _Format]) -> tuple[list[Path], float]:
                 best = clips[start : end + 1]
     rate = best[(len(best) - 1) // 2][0]
     return sorted(path for _, path in best), round(rate, 3)
-
-
-def _grouped(skipped: Iterable[tuple[str, str]]) -> list[str]:
-    """A line per clip; where more than three fail alike, whatever the figures, one for them all."""
-    groups = defaultdict(list)
-    for name, reason in skipped:
-        alike = reason.replace(name, "…").replace(name.replace("latent_", "condition_"), "…")
-        groups[re.sub(r"\d+(\.\d+)?", "0", alike)].append((name, reason))
-    lines = []
-    for rows in groups.values():
-        if len(rows) <= 3:
-            lines += [f"{name}: {reason}" for name, reason in rows]
-            continue
-        (first, reason), same = rows[0], len({reason for _, reason in rows}) == 1
-        reason = reason if same else f"as {first}, {reason}"
-        lines.append(f"{len(rows)} clips, {_names([name for name, _ in rows])}: {reason}")
-    return lines
-
-
-def _names(names: list[str]) -> str:
-    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
 
 
 def _size(size: tuple) -> str:

@@ -82,6 +82,20 @@ def test_an_edit_begins_between_two_pictures(whole, tmp_path, begin):
     assert streams.fps == 24
 
 
+@pytest.mark.parametrize("begin", [0.0, 0.105, 0.14, 1.1])
+@pytest.mark.parametrize("fps", [None, 24.0, 48.0])
+def test_an_edit_that_begins_within_a_picture_moves_no_other(whole, tmp_path, begin, fps):
+    """On a constant grid, too: it begins with the first picture that is whole."""
+    path = with_edits(whole, tmp_path / "b.mp4", [(begin, 2.2)])
+    for seconds in (None, 2.0):
+        clip = read_clip(path, fps=fps, seconds=seconds)
+        light = clip.video.float().mean((1, 2, 3))
+        seen = (np.nonzero(np.diff(light) > 60)[0] + 1) / clip.fps
+        heard = bursts(clip.audio.numpy(), clip.sample_rate)
+        assert len(seen) >= 2
+        assert heard[-len(seen) :] == pytest.approx(seen, abs=SYNC)
+
+
 @pytest.mark.parametrize("nothing", [0.0, 0.3], ids=["at once", "after nothing"])
 def test_several_edits(whole, tmp_path, nothing):
     empty = [(None, nothing)] if nothing else []

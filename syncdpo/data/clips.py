@@ -24,6 +24,7 @@ EXTENSIONS = frozenset({
     ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
     ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
 })  # fmt: skip
+CLOCK = 1e-3  # s, the coarsest clock of a container
 SILENCE = 1e-3  # peak amplitude (-60 dB) below which a clip has no sound worth the name
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
@@ -128,7 +129,8 @@ def read_clip(
 
     fps: picture k is the one that the file shows at the centre of its frame, (k + 0.5)/fps; so any
         rate, a variable one too, becomes constant, and no picture is out by more than half the time
-        that the file shows it.
+        that the file shows it. A first picture that an edit has cut short is left out, its sound
+        too, so that the others keep their instants.
     size: (height, width); scaled with antialiasing until it covers that, then cropped about the
         centre. Rotation tags and non-square pixels are honoured.
     sample_rate: Hz, band-limited resampling without delay. channels: 1 is the mean of all; more are
@@ -150,8 +152,9 @@ def read_clip(
     if streams.seconds < length - 0.5 / rate:
         raise ClipError(path, f"{streams.seconds:.2f} s long, shorter than the {length:g} s asked")
     count = max(1, round(length * rate))
-    video = _taken(streams, _shown(streams.picture_times, count, rate))
-    audio = _mixed(streams.sound, channels)
+    begin = _begin(streams.picture_times, streams.fps)
+    video = _taken(streams, _shown([t - begin for t in streams.picture_times], count, rate))
+    audio = _mixed(streams.sound[:, round(begin * streams.sample_rate) :], channels)
     audio = _resampled(audio, streams.sample_rate, sample_rate or streams.sample_rate)
     wanted = round(count / rate * (sample_rate or streams.sample_rate))
     audio = F.pad(audio, (0, wanted - audio.shape[1])).clamp(-1, 1)
@@ -163,6 +166,17 @@ def read_clip(
 def is_silent(audio: Tensor) -> bool:
     """Whether nothing in [C,N] moves by more than `SILENCE` about its mean."""
     return audio.numel() == 0 or bool((audio - audio.mean(1, keepdim=True)).abs().max() < SILENCE)
+
+
+def _begin(times: list[float], fps: float) -> float:
+    """Seconds from the first picture to the first that stands a whole number of frames before all
+    others; less than a frame, and 0 where the others stand on no such grid."""
+    frame = 1 / fps
+    turns = np.exp(2j * np.pi * (np.asarray(times[1:]) / frame))
+    begin = np.angle(turns.mean()) / (2 * np.pi) % 1 * frame if len(turns) else 0.0
+    off = (np.asarray(times[1:]) - begin + frame / 2) % frame - frame / 2
+    on_grid = len(turns) and (np.abs(off) < CLOCK).mean() > 0.9
+    return float(begin) if on_grid and CLOCK < begin < frame - CLOCK else 0.0
 
 
 def _shown(times: list[float], count: int, rate: float) -> list[int]:

@@ -35,11 +35,12 @@ def launch(config, *arguments):
         "--num_processes", 2, "--main_process_port", 0, *arguments,
     ]  # fmt: skip
     cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | cpu | {"PYTHONPATH": str(HERE)}
+    # Should native code crash, it says where.
+    environment = os.environ | cpu | {"PYTHONPATH": str(HERE), "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         [str(word) for word in command], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-12000:]
     return done.stdout
 
 

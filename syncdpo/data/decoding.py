@@ -45,7 +45,6 @@ _CHUNK_HEADER = 8  # bytes of an AVI's chunk before its data
 _PLANES = 8  # of sound; PyAV reads beyond the frame for more
 _LENGTHS = 0.25  # s by which an MP4's tables of samples may differ from the length its header gives
 _NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-_UNTAGGED = 2  # AVCOL_SPC_UNSPECIFIED
 _BT2020 = 9  # AVCOL_SPC_BT2020_NCL
 # Matrices that swscale knows, and the nearest of those that it does not; by AVCOL_SPC's numbers.
 _KNOWN_MATRICES = {0, 1, 4, 5, 6, 7, 9}

@@ -16,7 +16,8 @@ help:  ## What can be made
 
 install: $(READY)  ## Make .venv and install the package, editable, with all extras
 
-$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# An editable install knows the packages that there were when it was made.
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* syncdpo/*/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,eval,dev]'
 	touch $@
@@ -31,7 +32,7 @@ rules: $(READY)  ## Compare the rules on three seeds
 	$(BIN)/syncdpo compare-rules
 
 base: $(READY)  ## Train the embedded default's base anew
-	$(BIN)/python -m syncdpo.base
+	$(BIN)/python -m syncdpo.demo.base
 
 # Two workers, two threads; files in order, or the few but long tests of Triton's interpreter
 # come last, all on one worker.

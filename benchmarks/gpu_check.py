@@ -44,6 +44,7 @@ from syncdpo import ops
 from syncdpo.testing import predictions
 
 ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
 OPS = ("dpo_loss", "paired_noise", "temporal_warp", "segment_replace")
 ROOMS = (*OPS, "launches", "dpo_loss_inputs", "segment_replace_kernels", "velocity", "properties")
 STAGES = (1, 2, 3, 4, 5, 6)
@@ -158,7 +159,7 @@ def check_bits(runs: int = 50) -> str:
 
 
 def check_tests(check: Check) -> str:
-    files = [ROOT / "tests" / f"test_{room}.py" for room in ROOMS]
+    files = [TESTS / "ops" / f"test_{room}.py" for room in ROOMS]
     if check.dry:
         return last_line(check.run([*PYTEST, "--collect-only", *files]))
     # Compiling is most of it, and the processor's work; each worker has a context on the GPU.
@@ -200,17 +201,17 @@ def check_script(check: Check, name: str) -> str:
 def check_training(check: Check) -> str:
     if missing := [name for name in ("diffusers", "peft", "accelerate") if not find_spec(name)]:
         return f"left out: the embedded model needs {', '.join(missing)}"
-    return some_tests(check, "trained_by_kernels", "cuda")
+    return some_tests(check, "training/test_trained_by_kernels.py", "cuda")
 
 
 def check_compiled(check: Check) -> str:
     """Of the subsets that the tests compile, those that go all the way to the device."""
-    return some_tests(check, "compile", "inductor or graphs or schedule")
+    return some_tests(check, "ops/test_compile.py", "inductor or graphs or schedule")
 
 
-def some_tests(check: Check, room: str, chosen: str) -> str:
+def some_tests(check: Check, file: str, chosen: str) -> str:
     dry = ["--collect-only"] if check.dry else []
-    return last_line(check.run([*PYTEST, *dry, "-k", chosen, ROOT / "tests" / f"test_{room}.py"]))
+    return last_line(check.run([*PYTEST, *dry, "-k", chosen, TESTS / file]))
 
 
 def check_sanitizer(check: Check, kind: str) -> str:

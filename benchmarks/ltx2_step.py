@@ -49,12 +49,12 @@ try:
     from torch.profiler import ProfilerActivity, profile
 
     from syncdpo import ops
-    from syncdpo.config import TrainConfig
-    from syncdpo.curriculum import curriculum
-    from syncdpo.dice import Dice, Order
     from syncdpo.models.ltx2 import LTX2
     from syncdpo.negatives import PairDraw
+    from syncdpo.negatives.curriculum import curriculum
     from syncdpo.train import Learner, mean_over_processes, policy_and_reference
+    from syncdpo.training.config import TrainConfig
+    from syncdpo.training.dice import Dice, Order
 
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from tiny_ltx2 import VERSIONS

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from syncdpo.config import TrainConfig
-from syncdpo.curriculum import curriculum
-from syncdpo.dice import Dice, Order
 from syncdpo.models.ltx2 import LTX2
+from syncdpo.negatives.curriculum import curriculum
 from syncdpo.train import Learner, policy_and_reference
+from syncdpo.training.config import TrainConfig
+from syncdpo.training.dice import Dice, Order
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from tiny_ltx2 import save_tiny_ltx2

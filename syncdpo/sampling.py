@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from syncdpo.data.clips import Clip, write_clip
-from syncdpo.dice import generator
+from syncdpo.data.overlap import overlapped
 from syncdpo.models import Model
-from syncdpo.overlap import overlapped
+from syncdpo.training.dice import generator
 
 
 def noise_seeds(count: int, *key) -> Tensor:

@@ -34,15 +34,15 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from syncdpo import ops
-from syncdpo.adapter import adapter_switched_off, merge_adapter, train_adapter
-from syncdpo.checkpoint import Log, finished_weights, load_checkpoint, save_checkpoint
-from syncdpo.config import TrainConfig, TrainingDiverged
-from syncdpo.curriculum import Adaptive, curriculum
 from syncdpo.data.precomputed import open_latents
-from syncdpo.dice import Dice, Order, Roll
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.negatives import Pairs
-from syncdpo.sharding import keep_precision, place_frozen
+from syncdpo.negatives.curriculum import Adaptive, curriculum
+from syncdpo.training.adapter import adapter_switched_off, merge_adapter, train_adapter
+from syncdpo.training.checkpoint import Log, finished_weights, load_checkpoint, save_checkpoint
+from syncdpo.training.config import TrainConfig, TrainingDiverged
+from syncdpo.training.dice import Dice, Order, Roll
+from syncdpo.training.sharding import keep_precision, place_frozen
 
 PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
 PATIENCE = 10  # steps in a row without a finite gradient before the run stops

@@ -5,11 +5,11 @@ import os
 import torch
 from safetensors.torch import load_file
 
-from syncdpo.checkpoint import read_log
-from syncdpo.config import TrainConfig
 from syncdpo.models.tiny import Tiny
 from syncdpo.models.weights import FULL, LORA
 from syncdpo.train import train
+from syncdpo.training.checkpoint import read_log
+from syncdpo.training.config import TrainConfig
 
 STEPS = 20
 

@@ -7,10 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 from syncdpo import __version__
-from syncdpo.cli import _lines, app, main
-from syncdpo.config import TrainConfig, load_config
+from syncdpo.cli import app, main
+from syncdpo.cli.clips import lines
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render, render_clip
+from syncdpo.training.config import TrainConfig, load_config
 
 
 def invoke(*arguments):
@@ -93,14 +94,14 @@ def test_captions_to_sample_are_lines_that_end_at_line_feeds(tmp_path, capsys, e
     separator = "\x85" if encoding != "cp1252" else "…"  # U+0085 is no character of cp1252
     text = f" a dog\u2019s{separator}bark\r\n\n rain \n"
     (tmp_path / "captions.txt").write_bytes(text.encode(encoding))
-    assert _lines(tmp_path / "captions.txt") == [f"a dog\u2019s{separator}bark", "rain"]
+    assert lines(tmp_path / "captions.txt") == [f"a dog\u2019s{separator}bark", "rain"]
     assert ("read as Windows-1252" in capsys.readouterr().err) == (encoding == "cp1252")
 
 
 def test_captions_to_sample_that_are_no_text(tmp_path):
     (tmp_path / "captions.txt").write_bytes(b"\x81\x8d")
     with pytest.raises(ValueError, match=r"captions\.txt is neither UTF-8"):
-        _lines(tmp_path / "captions.txt")
+        lines(tmp_path / "captions.txt")
 
 
 @pytest.mark.parametrize(

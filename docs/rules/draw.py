@@ -13,9 +13,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from syncdpo.data.synthetic import SAMPLE_RATE, SECONDS, draw_balls, render_audio
-from syncdpo.distortion import RULES
-from syncdpo.rules import parse_rule
-from syncdpo.timeline import Timeline
+from syncdpo.negatives import Timeline, parse_rule
+from syncdpo.negatives.distortion import RULES
 
 CLIP, SEED = 3, 2
 TIMELINE = Timeline(round(SECONDS * SAMPLE_RATE), float(SAMPLE_RATE))

@@ -11,13 +11,11 @@ import torch
 
 from syncdpo.data.latents import LatentDataset
 from syncdpo.data.synthetic import Ball, render_audio
-from syncdpo.distortion import RULES
 from syncdpo.models import load_model
 from syncdpo.models.codec import AUDIO_RATE, encode_audio
-from syncdpo.negatives import make_pairs
-from syncdpo.probe import probe_all, table
-from syncdpo.rules import parse_rule
-from syncdpo.timeline import Timeline
+from syncdpo.negatives import Timeline, make_pairs, parse_rule
+from syncdpo.negatives.distortion import RULES
+from syncdpo.negatives.probe import probe_all, table
 
 OPTIONS = ["replace(crossfade=0.04)", "replace(crossfade=0.08)", "replace(placement='sound')"]
 BOUNDARIES = ["shift(boundary='edge')", "shift(boundary='reflect')", "shift(boundary='wrap')"]

@@ -1,1 +1,23 @@
-"""Clips from media files, clips rendered, and clips as latents."""
+"""Clips, from media files to the latents that a training reads.
+
+`clips` gives pictures and sound on one time axis, whatever a file does to them (`decoding`,
+`sound`, `edits`, `wholeness`), and writes them; `captions` reads what is said of them; `latents`
+encodes them once, and `precomputed` reads what the LTX-2 trainer encoded. `winners` tells which
+clips are out of step, and `synthetic` renders some that are not.
+"""
+
+from .clips import Clip, ClipError, ClipFormat, find_clips, read_clip, write_clip
+from .latents import LatentDataset, prepare
+from .precomputed import open_latents
+
+__all__ = [
+    "Clip",
+    "ClipError",
+    "ClipFormat",
+    "LatentDataset",
+    "find_clips",
+    "open_latents",
+    "prepare",
+    "read_clip",
+    "write_clip",
+]

@@ -35,8 +35,8 @@ from syncdpo.data.files import (
     unexpected,
     write_atomic,
 )
+from syncdpo.data.overlap import futures
 from syncdpo.data.winners import winner_flags
-from syncdpo.overlap import futures
 
 FORMAT = 1
 INDEX = "index.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from syncdpo.data.clips import Clip, write_clip
-from syncdpo.overlap import overlapped
+from syncdpo.data.overlap import overlapped
 
 SECONDS, FPS, SIZE, SAMPLE_RATE = 2.0, 24, 64, 16_000
 PITCHES = tuple(200.0 * 30.0 ** (k / 15) for k in range(3, 11))  # Hz; on the tiny codec's bands

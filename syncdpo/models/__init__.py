@@ -1,83 +1,9 @@
 """Generators behind one small protocol; whoever follows it can be trained by `syncdpo.train`.
 
 `load_model("tiny")` is the embedded default; any other name is a diffusers LTX-2 pipeline, by
-folder or hub id.
+folder or hub id. Each model is imported when it is first asked for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Protocol
+from .protocol import Conditions, Model, Streams, load_model
 
-import torch
-from torch import Tensor, nn
-
-from syncdpo.data.clips import Clip, ClipFormat
-from syncdpo.timeline import Timeline
-
-Streams = tuple[Tensor, Tensor]  # (video, audio), each [B, …]
-Conditions = dict[str, Tensor]  # whatever `encode` gave beside the latents, each [B, …]
-CLIP_OPTIONS = ("frames", "height", "width", "fps")
-
-
-class Model(Protocol):
-    """A joint video-audio flow-matching generator: x_σ = (1−σ)·x + σ·ε, v = sign·(ε − x)."""
-
-    transformer: nn.Module
-    clip_format: ClipFormat
-    timelines: tuple[Timeline, Timeline]
-    velocity_sign: int
-    lora_targets: Sequence[str]
-
-    def of_audio(self, name: str) -> bool:
-        """Whether a parameter or module of `transformer`, by its name, serves the audio alone."""
-
-    def identity(self) -> dict:
-        """What latents depend on; recorded in caches and compared before they are used."""
-
-    def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
-        """One clip, no batch axis: "video", "audio" and the conditions."""
-
-    def draw_sigma(self, batch: int, generator: torch.Generator) -> Streams:
-        """Noise levels for training, [B] per stream, float32 on the CPU."""
-
-    def velocity(
-        self,
-        transformer: Callable,
-        noisy: Streams,
-        sigma: Streams,
-        conditions: Conditions,
-    ) -> Streams:
-        """What `transformer` (wrapped or not) predicts for noisy latents."""
-
-    def generate(
-        self, captions: Sequence[str], seeds: Tensor, *, steps: int | None = None, **guidance
-    ) -> Iterator[Clip]:
-        """One clip per caption; clip i is a function of its caption and seeds[i], int64.
-
-        steps: the model's own number by default. guidance: options of the model's pipeline.
-        Raises ValueError for captions or guidance given to a model that has no use for them.
-        """
-
-    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write full or LoRA weights as safetensors, in the format that diffusers loads."""
-
-    def load_weights(self, path: Path) -> None:
-        """Put weights written by `save_weights` into `transformer`."""
-
-
-def load_model(name: str, **options) -> Model:
-    """ "tiny", or the folder or hub id of a diffusers LTX-2 pipeline.
-
-    Raises ValueError where a clip format is asked of a model that has one only, or cannot be had.
-    """
-    if name == "tiny":
-        if fixed := [option for option in CLIP_OPTIONS if option in options]:
-            raise ValueError(
-                f"{', '.join(fixed)}: tiny has one clip format, 2 s of 64×64 at 24 fps"
-            )
-        from syncdpo.models.tiny import Tiny
-
-        return Tiny(**options)
-    from syncdpo.models.ltx2 import LTX2
-
-    return LTX2(name, **options)
+__all__ = ["Conditions", "Model", "Streams", "load_model"]

@@ -22,7 +22,7 @@ from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models.ltx2_parts import NEEDED, Parts
 from syncdpo.models.noise_levels import draw_sigma
 from syncdpo.models.weights import load_weights, of_audio, save_weights
-from syncdpo.timeline import Timeline
+from syncdpo.negatives.timeline import Timeline
 
 ENCODERS = ("vae", "audio_vae", "text_encoder", "connectors")  # what a cache depends on
 MEL_WINDOW = 1024  # samples of one Fourier transform at the audio VAE's sample rate

@@ -19,7 +19,7 @@ from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.models import codec
 from syncdpo.models.noise_levels import draw_sigma
 from syncdpo.models.weights import load_weights, of_audio, save_weights
-from syncdpo.timeline import Timeline
+from syncdpo.negatives.timeline import Timeline
 
 SECONDS = 2.0
 VIDEO_FRAMES = round(SECONDS * codec.FPS) // codec.PICTURES
@@ -82,7 +82,8 @@ class Tiny:
         if weights is not None and Path(weights) == BASE and not BASE.is_file():
             raise FileNotFoundError(
                 "weights: the tiny model's base is in the source tree, not in the wheel: install a "
-                "checkout with pip install -e, or make it with python -m syncdpo.base (30 minutes)"
+                "checkout with pip install -e, or make it in 30 minutes: "
+                "python -m syncdpo.demo.base"
             )
         self.sigma = sigma
         self.transformer = LTX2VideoTransformer3DModel(**CONFIG | (config or {}))

@@ -1,5 +1,5 @@
 // Runs cases of segment replacement on the host, by the CPU kernel and by the body of the CUDA
-// kernel, so that sanitizers see both. tests/test_segment_replace_kernels.py writes the cases, builds this
+// kernel, so that sanitizers see both. tests/ops/test_segment_replace_kernels.py writes the cases, builds this
 // with csrc/segment_replace.cpp, and compares what comes back with the reference.
 //
 //   segment_replace_host CASES RESULTS

@@ -1,0 +1,61 @@
+"""The command line: `syncdpo --help` lists its commands.
+
+Each command imports what it needs when it runs, so that help does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from syncdpo import __version__
+from syncdpo.cli.clips import evaluate, sample
+from syncdpo.cli.demonstration import compare_rules, demo, tune
+from syncdpo.cli.latents import prepare, probe
+from syncdpo.cli.options import say
+from syncdpo.cli.training import train
+from syncdpo.training import TrainingDiverged
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Post-train joint video-audio generators to keep time (SyncDPO, arXiv 2605.12179). "
+    "Exit codes: 2 for input to be mended, 3 for a training that diverged.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def info() -> None:
+    """What is installed, what was built, and what runs where."""
+    from syncdpo.info import describe
+
+    typer.echo(describe())
+
+
+for command in (demo, tune, compare_rules, prepare, train, sample, evaluate, probe, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run a command; what the user can mend ends in one sentence.
+
+    Exit codes: 2 for wrong input, 3 for a training that diverged.
+    """
+    try:
+        app()
+    except (ValueError, OSError, TrainingDiverged) as error:
+        say(f"syncdpo: {error}", err=True)
+        sys.exit(3 if isinstance(error, TrainingDiverged) else 2)

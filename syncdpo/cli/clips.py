@@ -1,0 +1,114 @@
+"""The commands `sample` and `evaluate`: clips made, and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from syncdpo.cli.options import (
+    Frames,
+    ModelName,
+    Output,
+    Pixels,
+    Rate,
+    Seed,
+    Weight,
+    given,
+    load,
+    say,
+)
+
+
+def sample(
+    output: Output = Path("runs/samples"),
+    model: ModelName = "tiny",
+    weights: Annotated[
+        Path | None, typer.Option(help="Trained weights or LoRA; default: the model's own.")
+    ] = None,
+    caption: Annotated[str, typer.Option(help="What to generate; tiny takes no text.")] = "",
+    captions: Annotated[
+        Path | None, typer.Option(help="Text file with a caption on each line, instead.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Clips to generate of each caption.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; default: the model's own number.")
+    ] = None,
+    seed: Seed = 0,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to steer away from; guidance is LTX-2's alone.")
+    ] = None,
+    guidance_scale: Weight = None,
+    audio_guidance_scale: Weight = None,
+    guidance_rescale: Weight = None,
+    audio_guidance_rescale: Weight = None,
+    modality_scale: Weight = None,
+    audio_modality_scale: Weight = None,
+    stg_scale: Weight = None,
+    audio_stg_scale: Weight = None,
+    stg_block: Annotated[
+        list[int] | None,
+        typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
+    ] = None,
+    frames: Frames = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    fps: Rate = None,
+) -> None:
+    """Generate clips as mp4; LTX-2 by its pipeline, guided as the pipeline guides by default."""
+    from syncdpo.sampling import generate, noise_seeds
+
+    guidance = given({
+        "negative_prompt": negative_prompt,
+        "guidance_scale": guidance_scale,
+        "audio_guidance_scale": audio_guidance_scale,
+        "guidance_rescale": guidance_rescale,
+        "audio_guidance_rescale": audio_guidance_rescale,
+        "modality_scale": modality_scale,
+        "audio_modality_scale": audio_modality_scale,
+        "stg_scale": stg_scale,
+        "audio_stg_scale": audio_stg_scale,
+        "spatio_temporal_guidance_blocks": stg_block or None,
+    })  # fmt: skip
+    texts = lines(captions) if captions else [caption]
+    if captions and caption:
+        raise ValueError("caption: expected none beside --captions")
+    loaded = load(model, frames=frames, height=height, width=width, fps=fps)
+    if weights:
+        loaded.load_weights(weights)
+    seeds = noise_seeds(count, seed, "sample")
+    for path in generate(loaded, output, seeds, captions=texts, steps=steps, **guidance):
+        say(str(path))
+
+
+def lines(captions: Path) -> list[str]:
+    """A caption from each line that has one; lines end at line feeds only."""
+    from syncdpo.data.captions import NO_TEXT, decode_text
+
+    try:
+        text, guess = decode_text(captions.read_bytes())
+    except UnicodeError as error:
+        raise ValueError(f"captions: {captions} is {NO_TEXT}") from error
+    if guess:
+        say(f"captions: {captions}: {guess}", err=True)
+    texts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not texts:
+        raise ValueError(f"captions: expected a caption on each line, got none in {captions}")
+    return texts
+
+
+def evaluate(
+    clips: Annotated[Path, typer.Argument(help="Folder of clips with sound.")],
+    output: Output = Path("runs/evaluation"),
+    av_align: Annotated[bool, typer.Option(help="AV-Align too; needs syncdpo[eval].")] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="module:function, Clip → float: a column of your own. Repeatable."),
+    ] = None,
+) -> None:
+    """Measure how well clips keep time: onset error, F1, AV-Align; writes csv and html."""
+    from syncdpo.evaluation import evaluate_folder, load_metric
+
+    extra = dict(map(load_metric, metric or []))
+    say(evaluate_folder(clips, output, with_av_align=av_align, extra=extra))

@@ -1,0 +1,45 @@
+"""What several commands share: options, and how they speak."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
+Seed = Annotated[int, typer.Option(help="Everything random follows from it.")]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps of SFT and SyncDPO.")]
+Samples = Annotated[int, typer.Option(min=1, help="Clips measured after each training.")]
+Result = Annotated[Path, typer.Option(help="Table of all trials, as JSON.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Trials side by side, one thread each.")]
+OffsetSpread = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="SECONDS", help="Spread (σ) of the training clips' A/V offset; default 0.06."
+    ),
+]
+Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
+Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
+ModelName = Annotated[str, typer.Option(help="tiny, or an LTX-2 folder or hub id.")]
+Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
+
+
+def load(name: str, **wanted):
+    """The model, in another clip format than its own where one is asked for."""
+    from syncdpo.models import load_model
+
+    return load_model(name, **given(wanted))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Prints names in whatever encoding the terminal has."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def given(options: dict) -> dict:
+    """Without those that were left to their defaults."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,160 @@
+"""Checkpoints that are whole or not there, and a log that a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from syncdpo.data.files import remove_leftovers, write_atomic
+from syncdpo.negatives.curriculum import Schedule
+from syncdpo.training.config import TrainConfig
+
+KEPT = 2
+PATTERN = "checkpoint-*.safetensors"
+# Settings that may differ between a run and its continuation: they change no step.
+FREE = {"resume", "checkpoint_every", "workers", "output", "data"}
+# Full tensors on the CPU, whatever wraps the model; of a LoRA run the adapter alone.
+TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def save_checkpoint(
+    config: TrainConfig,
+    policy: nn.Module,
+    optimizer: Optimizer,
+    difficulty: Schedule,
+    progress: dict,
+    writes: bool,
+) -> None:
+    """One safetensors file with weights and optimizer state, everything else in its header.
+
+    Every process must call it; the one that `writes` does. The last `KEPT` files stay.
+    """
+    weights, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
+    if not writes:
+        return
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    for name, moments in optimizer_state["state"].items():
+        tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in moments.items()}
+    header = {"config": asdict(config), "progress": progress, "difficulty": difficulty.state_dict()}
+    output = Path(config.output)
+    content = save({k: t.contiguous() for k, t in tensors.items()}, {"syncdpo": json.dumps(header)})
+    write_atomic(output / f"checkpoint-{progress['step']:06d}.safetensors", content)
+    for old in sorted(output.glob(PATTERN))[:-KEPT]:
+        old.unlink()
+
+
+def load_checkpoint(
+    config: TrainConfig, policy: nn.Module, optimizer: Optimizer, difficulty: Schedule
+) -> dict:
+    """Progress so far, {"step", "seconds", "cpu_seconds", "skipped"}; zeros for a fresh run.
+
+    Raises ValueError where a fresh run would overwrite checkpoints, or a resumed one has other
+    settings than its beginning.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    found = sorted(output.glob(PATTERN))
+    if found and not config.resume:
+        raise ValueError(f"output: {output} holds a run; resume it, or choose another folder")
+    if not found:
+        return {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "skipped": 0}
+    remove_leftovers(output)
+    with safe_open(found[-1], "pt") as file:
+        header = json.loads(file.metadata()["syncdpo"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check_same_run(header["config"], asdict(config), output)
+    groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
+    weights = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith("weights/")}
+    moments = {}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            name, _, moment = rest.rpartition("/")
+            moments.setdefault(name, {})[moment] = tensor
+    set_state_dict(
+        policy,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict={"state": moments, "param_groups": groups},
+        options=StateDictOptions(full_state_dict=True, strict=False),
+    )
+    difficulty.load_state_dict(header["difficulty"])
+    return header["progress"]
+
+
+def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor]:
+    """What a run leaves, frozen or not: all weights, or the whole LoRA.
+
+    Every process must call it.
+    """
+    ours = [p for name, p in policy.named_parameters() if not config.lora_rank or "lora_" in name]
+    frozen = not all(parameter.requires_grad for parameter in ours)
+    return get_model_state_dict(policy, options=replace(TRAINED, ignore_frozen_params=not frozen))
+
+
+def _check_same_run(then: dict, now: dict, output: Path) -> None:
+    changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
+    if changed:
+        differences = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
+        raise ValueError(f"resume: the run in {output} has other settings: {differences}")
+
+
+class Log:
+    """One line of JSON per step in log.jsonl, TensorBoard beside it, and a progress bar."""
+
+    def __init__(self, config: TrainConfig, step: int, writes: bool, progress: bool):
+        self.writes = writes
+        self.bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc=config.method,
+            unit="step",
+            disable=not (progress and writes),
+        )
+        if not writes:
+            return
+        folder = Path(config.output)
+        path = folder / "log.jsonl"
+        before = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
+        write_atomic(path, "".join(before).encode())
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(folder), purge_step=step)
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        if not self.writes:
+            return
+        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        shown = {"loss": "loss", "accuracy": "implicit_accuracy", "difficulty": "difficulty"}
+        self.bar.set_postfix(
+            {label: f"{metrics[name]:.3f}" for label, name in shown.items() if name in metrics}
+        )
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writes:
+            self.file.close()
+            self.board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The log of a run, a dictionary per step."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

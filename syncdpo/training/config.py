@@ -1,0 +1,137 @@
+"""The settings of a training run, from a yaml file and from options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+class TrainingDiverged(RuntimeError):
+    """The gradient stayed NaN or infinite for too many steps in a row."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run, with its default. Raises ValueError naming the setting at fault."""
+
+    data: str = _setting("", "cache of `syncdpo prepare`, or an LTX-2 trainer's .precomputed")
+    output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
+    model: str = _setting("tiny", "tiny, or folder or hub id of a diffusers LTX-2 pipeline")
+    weights: str = _setting(
+        "", "start from these, all weights or a LoRA, instead of the model's own"
+    )
+    method: str = _setting("syncdpo", "sft or syncdpo")
+    steps: int = _setting(200, "optimizer steps")
+    batch_size: int = _setting(16, "clips per process and micro-step")
+    accumulation: int = _setting(1, "micro-steps per optimizer step")
+    learning_rate: float = _setting(3e-4, "peak learning rate of AdamW")
+    schedule: str = _setting("cosine", "learning rate after the warm-up: constant, linear, cosine")
+    warmup: int = _setting(10, "steps to the peak learning rate")
+    weight_decay: float = _setting(0.01, "weight decay of AdamW")
+    max_grad_norm: float = _setting(1.0, "longer gradients are shortened to this norm")
+    lora_rank: int = _setting(0, "rank of the LoRA; 0 trains all weights")
+    trained: str = _setting("both", "whose weights: both streams', or the audio's alone (audio)")
+    sigma: str = _setting("shared", "noise level: shared by both streams of a clip, or separate")
+    rules: str = _setting("replace+scale", "shift, scale, warp, replace, or several joined by +")
+    matched: float = _setting(0.5, "share of matched pairs")
+    curriculum: str = _setting("linear", "linear, cosine, stages, constant or adaptive")
+    beta_video: float = _setting(0.0, "β of the DPO loss on the video's errors")
+    beta_audio: float = _setting(10.0, "β of the DPO loss on the audio's errors")
+    normalize: bool = _setting(False, "divide margins by the reference's errors (β about 5)")
+    logistic: str = _setting("joint", "one preference per clip (joint) or stream (separate)")
+    sft_weight: float = _setting(1.0, "weight of the winner's own error")
+    draws: int = _setting(0, "noise and distortions drawn per clip; 0 draws anew every time")
+    cache_reference: int = _setting(0, "so many draws per clip, their reference errors made once")
+    split_pair: bool = _setting(False, "backpropagate winner and loser in turn: half the memory")
+    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward")
+    mixed_precision: str = _setting("fp32", "fp32 or bf16")
+    workers: int = _setting(0, "processes that read latents ahead")
+    checkpoint_every: int = _setting(100, "steps between checkpoints")
+    resume: bool = _setting(False, "go on from the last checkpoint in output")
+    seed: int = _setting(0, "everything random follows from it")
+
+    def __post_init__(self):
+        # Here, not above: the command line lists these settings without waiting for torch.
+        from syncdpo.negatives.curriculum import SCHEDULES
+        from syncdpo.negatives.rules import parse_rule
+
+        choices = {
+            "method": ("sft", "syncdpo"),
+            "trained": ("both", "audio"),
+            "sigma": ("shared", "separate"),
+            "schedule": ("constant", "linear", "cosine"),
+            "logistic": ("joint", "separate"),
+            "mixed_precision": ("fp32", "bf16"),
+            "curriculum": tuple(SCHEDULES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        parse_rule(self.rules)
+        lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
+        lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "cache_reference", "workers"), 0)
+        lowest |= dict.fromkeys(("sft_weight", "beta_video", "beta_audio"), 0)
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 <= self.matched <= 1:
+            raise ValueError(f"matched: expected 0 to 1, got {self.matched}")
+        if self.draws and self.cache_reference not in (0, self.draws):
+            raise ValueError(
+                f"cache_reference: expected as many draws per clip as draws says, {self.draws}, "
+                f"got {self.cache_reference}"
+            )
+        for name in ("draws", "cache_reference"):
+            if getattr(self, name) and self.curriculum == "adaptive":
+                raise ValueError(
+                    f"{name}: expected 0 with the adaptive curriculum, got {getattr(self, name)}"
+                )
+
+    @property
+    def draws_per_clip(self) -> int:
+        """K where noise and distortions are drawn K times per clip; 0 where every step draws."""
+        return self.cache_reference or self.draws
+
+
+def load_config(path: Path) -> TrainConfig:
+    """A yaml file of settings. Raises ValueError for a name that is none, or a wrong type."""
+    settings = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected `setting: value` lines")
+    return TrainConfig(**{k: _typed(k, v, path) for k, v in settings.items()})
+
+
+def dump_config(config: TrainConfig) -> str:
+    """Every setting as yaml, each with its meaning: a file that `load_config` reads."""
+    lines = []
+    for setting in fields(TrainConfig):
+        value = yaml.safe_dump({setting.name: getattr(config, setting.name)}).strip()
+        lines.append(f"{value:<32}# {setting.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def _typed(name: str, value, path: Path):
+    known = {f.name: type(f.default) for f in fields(TrainConfig)}
+    if name not in known:
+        raise ValueError(f"{path}: {name} is no setting; there are {', '.join(known)}")
+    kind = known[name]
+    # YAML reads 1e-4 as text and 1 as an int; both mean the float.
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        raise ValueError(f"{path}: {name}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,112 @@
+"""`accelerate launch` with the shipped configurations: two processes train as one does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from micro import outcome, run
+from tiny_ltx2 import save_tiny_ltx2
+from two_processes import RUNS
+from typer.testing import CliRunner
+
+from syncdpo.cli import app
+from syncdpo.data.clips import write_clip
+from syncdpo.data.synthetic import render_clip
+from syncdpo.training.sharding import keep_precision
+
+HERE = Path(__file__).parents[1]
+CONFIGS = HERE.parent / "configs"
+# To the one token of `micro`'s text, queries and keys make no difference: their gradient is
+# rounding, which AdamW turns into whole steps.
+IDLE = r"attn2\.(to|norm)_[qk]\."
+
+
+def launch(config, *arguments):
+    """In two processes, on the CPU; → what they printed."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / config,
+        "--num_processes", 2, "--main_process_port", 0, *arguments,
+    ]  # fmt: skip
+    cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # Should native code crash, it says where.
+    environment = os.environ | cpu | {"PYTHONPATH": str(HERE), "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(
+        [str(word) for word in command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-12000:]
+    return done.stdout
+
+
+def losses(log):
+    return torch.tensor([entry["loss"] for entry in log])
+
+
+def assert_same(first, second, ignore=r"$."):
+    """Losses to 1e-5; weights too, all of them as one vector; gradients to rounding's sum."""
+    (log, weights), (other_log, other_weights) = first, second
+    for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        found, expected = (torch.tensor([entry[name] for entry in x]) for x in (log, other_log))
+        assert len(found) == 20
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+    assert weights.keys() == other_weights.keys()
+    names = [name for name in weights if not re.search(ignore, name)]
+    difference = sum((weights[name] - other_weights[name]).square().sum() for name in names)
+    size = sum(weights[name].square().sum() for name in names)
+    assert (difference / size).sqrt() <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each run in one process: {name: (log, weights)}."""
+    folder, outcomes = tmp_path_factory.mktemp("alone"), {}
+    for name, settings in RUNS.items():
+        AcceleratorState._reset_state()  # one process of accelerate's has one precision
+        outcomes[name] = run(folder / name, **settings)
+    AcceleratorState._reset_state()
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [("ddp_8_gpus.yaml", "MULTI_CPU"), ("fsdp2_8_gpus.yaml", "FSDP")]
+)
+def test_two_processes_equal_one(alone, tmp_path, config, kind):
+    """All weights, the audio's with a cached reference, a resumed LoRA; whole or in shards."""
+    printed = launch(config, HERE / "two_processes.py", tmp_path)
+    assert printed.count(f"{kind} in 2 processes") == 2 * len(RUNS)
+    for name, expected in alone.items():
+        found = outcome(tmp_path / name)
+        if name == "bf16":  # halves of a batch are rounded otherwise than the whole, to 8 bits
+            torch.testing.assert_close(losses(found[0]), losses(expected[0]), rtol=2**-9, atol=0)
+        else:
+            assert_same(expected, found, ignore=IDLE)
+
+
+def test_the_first_fsdp_is_refused():
+    launched = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(ValueError, match="fsdp_version: expected 2"):
+        keep_precision(launched)
+
+
+def test_the_command_line_in_two_processes_equals_one(tmp_path):
+    """LTX-2's own classes, from a prepared cache to a LoRA."""
+    model, clips, cache = (tmp_path / name for name in ("model", "clips", "cache"))
+    save_tiny_ltx2(model)
+    clips.mkdir()
+    for seed in range(4):
+        write_clip(clips / f"{seed}.mp4", render_clip(seed))
+    size = ("--frames", 17, "--height", 64, "--width", 64)
+    arguments = ("prepare", clips, "--output", cache, "--model", model, *size)
+    assert CliRunner().invoke(app, [str(word) for word in arguments]).exit_code == 0
+    settings = ("--model", model, "--data", cache, "--steps", 20, "--lora-rank", 2)
+    one = ("train", *settings, "--output", tmp_path / "one", "--batch-size", 2)
+    assert CliRunner().invoke(app, [str(word) for word in one]).exit_code == 0
+    two = ("train", *settings, "--output", tmp_path / "two", "--batch-size", 1)
+    launch("ddp_8_gpus.yaml", "-m", "syncdpo", *two)
+    assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from odd_clips import EVENTS, film, instants, write
+from processes import PYTHONPATH
 
 from syncdpo.data.decoding import ClipError
 
@@ -70,7 +71,8 @@ def test_corrupted_files_are_refused_or_in_step(tmp_path):
             path.write_bytes(corrupted(data, kind, seed))
     reading = subprocess.run(
         [sys.executable, __file__, str(tmp_path / "corrupted")],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     lines = dict(line.split(" ", 1) for line in reading.stdout.splitlines())
     assert reading.returncode == 0, f"{reading.stdout[-200:]}\n{reading.stderr[-2000:]}"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
-from test_precomputed import Trap
 from tiny_ltx2 import save_tiny_ltx2
 
 from syncdpo.cli import main
@@ -30,6 +29,8 @@ from syncdpo.train import train
 from syncdpo.training.config import TrainConfig
 
 FRAMES, ROWS, COLUMNS, FPS = 16, 1, 2, 24.0  # latents; 121 pictures, as LTX-2's own clips
+
+
 SECONDS = 121 / FPS
 AUDIO = math.floor(SECONDS * 25) + 1  # the trainer makes a latent of the last fraction
 TOKENS, WORDS = 1024, 20
@@ -37,6 +38,11 @@ KINDS = ("latents", "audio_latents", "conditions")
 CLIPS = ("walks/a", "b", "c")
 SPOILT = "b"
 ACCEPTED, LEFT_OUT, REFUSED = "accepted", "left out", "refused"
+
+
+class Trap:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('unpickled')",))
 
 
 def contents(seed, fps=FPS, frames=FRAMES, rows=ROWS):

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from syncdpo import trials
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
+from syncdpo.demo import trials
 from syncdpo.demo.demonstration import WEIGHTS, DemoConfig
 from syncdpo.demo.trials import (
     Search,

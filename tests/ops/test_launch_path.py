@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from processes import PYTHONPATH
 from torch import Tensor
 
 FAKE = Path(__file__).parents[1] / "native" / "fake_libcuda.c"
@@ -58,6 +59,7 @@ def launched(tmp_path_factory):
         "TRITON_CACHE_DIR": str(folder / "cache"),  # nothing that was linked to the fake may stay
         "DISABLE_PTXAS_OPT": "1",  # it takes a third of the time, and no parameter depends on it
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": PYTHONPATH,
     }
     done = subprocess.run(
         [sys.executable, Path(__file__).resolve()], env=environment, capture_output=True,

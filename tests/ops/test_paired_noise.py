@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from oracles import approximation, radii
 
 from syncdpo.ops import noise, paired_noise
 from syncdpo.ops.paired_noise import philox4x32
@@ -24,22 +25,6 @@ EXTREME_SEEDS = [0, -1, 2**63 - 1, -(2**63), 1 << 32, 0xFFFFFFFF]
 
 def scalars(words):
     return [torch.tensor(word) for word in words]
-
-
-def approximation(radius):
-    """What approximate lg2, sqrt, sin and cos may cost a normal of that radius.
-
-    lg2 near 1 has an absolute error of 2⁻²², so r² one of 2 ln 2 · 2⁻²² and small r much of it.
-    """
-    squared = 2 * math.log(2) * 2.0**-22 + radius.square() * 2.0**-21
-    return squared / radius.clamp_min(squared**0.5) + radius * 2.0**-20
-
-
-def radii(normals):
-    """The Box-Muller radius of each element of float64 [B, 4k]."""
-    return normals.unflatten(-1, (-1, 2)).square().sum(-1, keepdim=True).sqrt().expand(
-        *normals.shape[:-1], -1, 2
-    ).flatten(-2)  # fmt: skip
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)

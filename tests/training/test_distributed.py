@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from micro import outcome, run
+from processes import PYTHONPATH
 from tiny_ltx2 import save_tiny_ltx2
 from two_processes import RUNS
 from typer.testing import CliRunner
@@ -36,7 +37,7 @@ def launch(config, *arguments):
     ]  # fmt: skip
     cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # Should native code crash, it says where.
-    environment = os.environ | cpu | {"PYTHONPATH": str(HERE), "PYTHONFAULTHANDLER": "1"}
+    environment = os.environ | cpu | {"PYTHONPATH": PYTHONPATH, "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         [str(word) for word in command], env=environment, capture_output=True, text=True
     )

@@ -7,12 +7,12 @@ import random
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from micro import STEPS, micro_model, one_of_two, outcome, random_latents, run, run_or_resume
+from processes import PYTHONPATH
 from safetensors.torch import load_file
 
 from syncdpo.models.tiny import Tiny
@@ -323,7 +323,7 @@ def test_sigkill_at_random_steps_twenty_times(undisturbed, tmp_path):
 def processes():
     """Children of a server that has torch imported: a kill costs a fraction of a second."""
     # Python 3.11's server looks for what it preloads on its own path, not on ours.
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    os.environ["PYTHONPATH"] = PYTHONPATH
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["micro"])
     return context

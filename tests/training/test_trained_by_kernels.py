@@ -38,11 +38,12 @@ for package in ("av", "diffusers", "tensorboard"):
 
 # ruff: noqa: E402
 from micro import micro_model, outcome, random_latents
-from test_paired_noise import approximation, radii
+from oracles import approximation, radii
+from processes import PYTHONPATH
 
-from syncdpo import distortion, ops
+from syncdpo import ops
 from syncdpo.models.tiny import Tiny
-from syncdpo.negatives import PairDraw
+from syncdpo.negatives import PairDraw, distortion
 from syncdpo.negatives.distortion import REPLACE
 from syncdpo.ops.temporal_warp import resample
 from syncdpo.train import train
@@ -98,8 +99,8 @@ def finished(kind: str, folder: Path) -> dict[str, Run]:
     environment = {k: v for k, v in os.environ.items() if k not in elsewhere - own}
     command = [sys.executable, Path(__file__).resolve(), kind, folder]
     done = subprocess.run(
-        command, env=environment | ENVIRONMENTS[kind], capture_output=True, text=True,
-        timeout=600, check=False, cwd=folder,
+        command, env=environment | ENVIRONMENTS[kind] | {"PYTHONPATH": PYTHONPATH},
+        capture_output=True, text=True, timeout=600, check=False, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     runs = torch.load(folder / RESULT, weights_only=True)

@@ -29,8 +29,6 @@ from syncdpo.train import train
 from syncdpo.training.config import TrainConfig
 
 FRAMES, ROWS, COLUMNS, FPS = 16, 1, 2, 24.0  # latents; 121 pictures, as LTX-2's own clips
-
-
 SECONDS = 121 / FPS
 AUDIO = math.floor(SECONDS * 25) + 1  # the trainer makes a latent of the last fraction
 TOKENS, WORDS = 1024, 20

@@ -82,7 +82,7 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist):
         names = [name.split("/", 1)[1] for name in archive.getnames()]
     assert {"LICENSE", "pyproject.toml", "CMakeLists.txt", "cmake/ProbeCuda.cmake"} <= set(names)
     assert "syncdpo/models/tiny_base.safetensors" in names
-    sources = ("csrc", "kernels", "syncdpo", "tests")
+    sources = ("csrc", "examples", "kernels", "syncdpo", "tests")
     for source in sources:
         suffixes = {".py", ".cpp", ".cu", ".h"}
         here = {p for p in (ROOT / source).rglob("*") if p.suffix in suffixes}

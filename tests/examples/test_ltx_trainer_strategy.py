@@ -67,7 +67,7 @@ def batch(silent=()):
         "conditions": {
             "video_prompt_embeds": torch.randn(ROWS, 5, 8),
             "audio_prompt_embeds": torch.randn(ROWS, 5, 7),
-            "prompt_attention_mask": torch.ones(ROWS, 5, dtype=torch.bool),
+            "prompt_attention_mask": torch.ones(ROWS, 5, dtype=torch.int64),
         },
     }
 
@@ -137,6 +137,20 @@ def test_rows_are_winners_then_losers_which_differ_in_the_sound_s_order_alone(ex
     for stream in (inputs.video, inputs.audio):
         same = (stream.sigma, stream.positions, stream.context, stream.context_mask)
         assert all(torch.equal(*values.chunk(2)) for values in same)
+
+
+def test_latent_frames_lie_where_ltx2_s_codecs_put_them(example, monkeypatch):
+    """121 pictures at 24 fps, and 501 hops of 10 ms of their sound."""
+    make_pairs, times = example.make_pairs, {}
+
+    def noted(*arguments, **options):
+        times.update(options)
+        return make_pairs(*arguments, **options)
+
+    monkeypatch.setattr(example, "make_pairs", noted)
+    strategy_of(example).prepare_training_inputs(batch(), Sampler())
+    assert times["video_timeline"].duration == pytest.approx(121 / 24)
+    assert times["audio_timeline"].duration == pytest.approx(5.01)
 
 
 def test_a_clip_without_sound_costs_nothing_and_teaches_nothing(example):

@@ -1,9 +1,10 @@
 """Clips, from media files to the latents that a training reads.
 
-`clips` gives pictures and sound on one time axis, whatever a file does to them (`decoding`,
-`sound`, `edits`, `wholeness`), and writes them; `captions` reads what is said of them; `latents`
-encodes them once, and `precomputed` reads what the LTX-2 trainer encoded. `winners` tells which
-clips are out of step, and `synthetic` renders some that are not.
+`clips` gives pictures and sound on one time axis, whatever a file does to them, and writes them;
+`decoding` reads one, with what it asks of a file in `container`, `tracks`, `edits`, `stamps`,
+`colours`, `sound` and `wholeness`. `captions` reads what is said of clips; `latents` encodes them
+once, and `precomputed` reads what the LTX-2 trainer encoded. `winners` tells which clips are out of
+step, and `synthetic` renders some that are not.
 """
 
 from .clips import Clip, ClipError, ClipFormat, find_clips, read_clip, write_clip

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from torch import Tensor
 
-from syncdpo.data.decoding import EXACT, ClipError, Streams, decode
+from syncdpo.data.colours import EXACT
+from syncdpo.data.decoding import ClipError, Streams, decode
 from syncdpo.data.files import files_below
 
 EXTENSIONS = frozenset({

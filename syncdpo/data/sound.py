@@ -97,6 +97,17 @@ class Sound:
         return torch.cat(parts, 1)
 
 
+def samples_of(frame) -> Tensor:
+    """Decoded sound, packed or planar, integer or float, as float32 [C,N]."""
+    x = torch.from_numpy(frame.to_ndarray())
+    if not frame.format.is_planar:
+        x = x.view(-1, frame.layout.nb_channels).T
+    if x.is_floating_point():
+        return x.float()
+    scale = 2.0 ** (8 * x.element_size() - 1)
+    return x.float() / scale - (1.0 if x.dtype == torch.uint8 else 0.0)
+
+
 def _place(out: Tensor, source: Tensor, run: _Run, rate: int, origin: float) -> None:
     """Writes a run where its clock says, by whole samples, or resampled where the clock drifts."""
     if len(run.levels) == 1:

@@ -27,6 +27,7 @@ from syncdpo.data.container import WORDS, Refused, open_file, packets_of
 from syncdpo.data.edits import Track
 from syncdpo.data.sound import Sound, samples_of
 from syncdpo.data.stamps import Counted, Edited, Stamps, frame_rate
+from syncdpo.data.tally import Tally
 from syncdpo.data.tracks import Chosen, choose
 from syncdpo.data.wholeness import fault, pictures_begun
 
@@ -35,7 +36,6 @@ _HOLE = 10.0  # s without a new picture; only a still if the sound goes on meanw
 _COVERED = 0.9  # share of a still that has sound
 _INTERLEAVED = 30.0  # s by which sound may lag behind the pictures in a file
 _AHEAD = 0.5  # s of sound read beyond what is asked for, more than any jitter of its stamps
-_LOST = 0.01  # share of pictures that may fail to decode
 _PLANES = 8  # of sound; PyAV reads beyond the frame for more
 
 
@@ -118,6 +118,7 @@ class _Reading:
         self.to_rgb = ToRGB(size, video.sample_aspect_ratio)
         self.header_rate = float(video.average_rate or video.guessed_rate or 0)
         self.stamps = self._stamps()
+        self.tally = Tally()
         self.times: list[float] = []
         self.pictures: list[Any] = []
         self.sounds: Sound | None = None
@@ -126,20 +127,15 @@ class _Reading:
         self.partial = {"video": False, "audio": False}  # whether the last packet was
         self.suspect = False  # whether a transport stream has lost packets, or was joined
         self.done = {"video": False, "audio": False}
-        self.sent: list[float] = []  # when the pictures are shown that were given to the decoder
-        self.decoded: list[float] = []
-        self.failed = self.packets = 0  # of pictures
-        self.interlaced = False
 
     def _stamps(self) -> Stamps:
-        length = 1 / self.header_rate if self.header_rate else 0.04
         if self.chosen.tracks:
             return Edited(self.chosen.tracks)
         if self.container.format.name == "avi":
             self.video.codec_context.copy_opaque = True
             both = self.video, self.audio
             return Counted(float(self.video.time_base), *self.chosen.late, both)
-        return Stamps(length)
+        return Stamps(1 / self.header_rate if self.header_rate else 0.04)
 
     def run(self) -> None:
         for packet in packets_of(self.container, self.video, self.audio):
@@ -151,7 +147,7 @@ class _Reading:
                 self.suspect |= packet.is_corrupt
             self.stamps.packet(packet)
             if kind == "video" and packet.size:
-                self._count(packet)
+                self.tally.packet(packet, wanted=not self.done["video"])
             if not self.done[kind]:
                 for frame in self._frames(packet):
                     (self._picture if kind == "video" else self._sound)(frame)
@@ -164,18 +160,8 @@ class _Reading:
         except av.InvalidDataError:
             if packet.stream is self.audio:
                 raise
-            self.failed += 1  # how many of how many is worth more than the first of them
+            self.tally.failed += 1  # how many of how many is worth more than the first of them
             return []
-
-    def _count(self, packet) -> None:
-        """Pictures that are to come, from the first that can be decoded by itself; none comes of
-        what an edit list hides, nor of the frames that VP8 only refers to."""
-        self.packets += 1
-        if self.done["video"] or packet.is_discard or packet.pts is None:
-            return
-        hidden = self.video.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10
-        if not hidden and (packet.is_keyframe or self.sent):
-            self.sent.append(float(packet.pts * packet.time_base))
 
     def _sound_is_over(self, packet) -> bool:
         """Pictures go on and on after all that is wanted of them, and no sound comes any more."""
@@ -184,9 +170,7 @@ class _Reading:
         return float(packet.dts * packet.time_base) > self.limit + _INTERLEAVED
 
     def _picture(self, frame) -> None:
-        if frame.pts is not None:
-            self.decoded.append(float(frame.pts * frame.time_base))
-        self.interlaced |= bool(frame.interlaced_frame)
+        self.tally.picture(frame)
         picture = None
         for start, end in self.stamps.picture(frame):
             if frame.is_corrupt:
@@ -234,7 +218,7 @@ class _Reading:
 
     def check(self, path: Path) -> None:
         """Refuses what is not whole, or hardly anything of which could be decoded."""
-        self._check_decoded()
+        self.tally.check(stopped=self.done["video"])
         for found, kind in ((self.times, "video"), (self.sounds and self.sounds.chunks, "audio")):
             if not found:
                 raise Refused(f"no {WORDS[kind]} (the stream is empty)")
@@ -245,9 +229,9 @@ class _Reading:
         reason = fault(path, self.container.format.name)
         if reason is not None:
             raise Refused(reason)
-        if self.container.format.name == "mpegts" and not self.interlaced:
+        if self.container.format.name == "mpegts" and not self.tally.interlaced:
             # A picture without a beginning runs into the next, which then is shown in its place.
-            lost = pictures_begun(path, self.video.id) - self.packets
+            lost = pictures_begun(path, self.video.id) - self.tally.packets
             if lost > 0:
                 raise Refused(f"damaged: {lost} of its pictures have no beginning")
         for stream, track in zip((self.video, self.audio), self.chosen.tracks or (None, None),
@@ -255,19 +239,6 @@ class _Reading:
             if not self.done[stream.type]:
                 self._check_whole(stream, track)
         self._check_container()
-
-    def _check_decoded(self) -> None:
-        # Decoders give frames in the order shown, so all from before the last of them have come.
-        # Before the first there may be some that refer to what was cut off.
-        first = min(self.decoded, default=-math.inf)
-        last = max(self.decoded, default=math.inf) if self.done["video"] else math.inf
-        wanted = sum(first <= time < last for time in self.sent)
-        lost = wanted - sum(time < last for time in self.decoded)
-        # Interlaced pictures may come as two fields, a packet each.
-        few = lost > _LOST * wanted and not (self.interlaced and lost <= 0.55 * wanted)
-        if few or self.failed:
-            raise Refused(f"damaged or truncated: {max(lost, self.failed)} of {wanted} pictures "
-                           "could not be decoded")  # fmt: skip
 
     def _check_whole(self, stream, track: Track | None) -> None:
         """A truncated file decodes without complaint; only its header knows what is missing."""

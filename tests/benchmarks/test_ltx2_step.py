@@ -1,6 +1,6 @@
 """The benchmark of LTX-2's training step: its formulas, its dry run, and what it refuses."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -23,12 +23,30 @@ FIRST = ("syncdpo", "sft", "cache_reference", "split_pair")
 
 @pytest.fixture(scope="module")
 def bench():
-    specification = importlib.util.spec_from_file_location("ltx2_step", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["ltx2_step"] = module  # where its dataclasses look for themselves
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules["ltx2_step"]
+    return module("ltx2_step")
+
+
+@pytest.fixture(scope="module")
+def formulas():
+    return module("ltx2_formulas")
+
+
+@pytest.fixture(scope="module")
+def training():
+    return module("ltx2_training")
+
+
+@pytest.fixture(scope="module")
+def measuring():
+    return module("ltx2_measuring")
+
+
+def module(name):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
 
 
 def command(*arguments):
@@ -55,49 +73,52 @@ def rows_of_the_document():
             yield int(clip[1]), *cells[1:]
 
 
-def test_the_formulas_give_the_documents_table(bench):
+def test_the_formulas_give_the_documents_table(formulas):
     rows = list(rows_of_the_document())
     assert [row[0] for row in rows] == [49, 121, 241, 361, 481]
-    size = bench.Size()
+    size = formulas.Size()
     for pictures, s, forward, whole, split, *seconds in rows:
-        streams = bench.tokens(pictures)
+        streams = formulas.tokens(pictures)
         assert f"{streams[0]:,}" == s
-        assert f"{bench.forward_flop(size, *streams) / 1e12:,.0f}" == forward
+        assert f"{formulas.forward_flop(size, *streams) / 1e12:,.0f}" == forward
         for mode, expected in (("syncdpo", whole), ("split_pair", split)):
-            assert f"{bench.step_gigabytes(size, mode, *streams):.0f}" == expected
+            assert f"{formulas.step_gigabytes(size, mode, *streams):.0f}" == expected
         for mode, expected in zip(
             ("sft", "syncdpo", "cache_reference", "split_pair"), seconds, strict=True
         ):
-            assert f"{bench.step_seconds(size, mode, *streams):.1f}" == expected
+            assert f"{formulas.step_seconds(size, mode, *streams):.1f}" == expected
 
 
-def test_the_full_size_is_the_documents(bench):
+def test_the_full_size_is_the_documents(formulas, training):
     """The transformer built on the GPU has the weights, tokens and operations computed with."""
-    model = bench.RandomLTX2(
-        bench.settings(dry=False), torch.device("meta"), height=bench.HEIGHT, width=bench.WIDTH
+    model = training.RandomLTX2(
+        training.settings(dry=False),
+        torch.device("meta"),
+        height=formulas.HEIGHT,
+        width=formulas.WIDTH,
     )
     assert torch.get_default_dtype() == torch.float32
-    size = bench.Size()
+    size = formulas.Size()
     weights = sum(p.numel() for p in model.transformer.parameters())
     assert weights == pytest.approx(size.weights, rel=0.01)
     assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
     ends = tuple(f".{target}" for target in model.lora_targets)
     reached = [m for name, m in model.transformer.named_modules() if name.endswith(ends)]
-    adapter = sum(bench.CONFIG.lora_rank * (m.in_features + m.out_features) for m in reached)
+    adapter = sum(training.CONFIG.lora_rank * (m.in_features + m.out_features) for m in reached)
     assert adapter == pytest.approx(size.adapter, rel=0.01)
     for pictures in (121, 241, 481):
         model.set_length(pictures)
-        assert model.streams() == bench.tokens(pictures)
+        assert model.streams() == formulas.tokens(pictures)
     model.set_length(121)
-    clip = {name: x[None].to("meta") for name, x in model.clip(bench.TEXT_TOKENS).items()}
+    clip = {name: x[None].to("meta") for name, x in model.clip(formulas.TEXT_TOKENS).items()}
     latents, sigma = (clip.pop("video"), clip.pop("audio")), torch.rand(1, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.velocity(model.transformer, latents, (sigma, sigma), clip)
-    expected = bench.forward_flop(size, *model.streams())
+    expected = formulas.forward_flop(size, *model.streams())
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
-def test_the_dry_run_measures_everything(bench, dry_run):
+def test_the_dry_run_measures_everything(bench, formulas, dry_run):
     report, _ = dry_run
     rows = report["measurements"]
     assert [(row["pictures"], row["mode"]) for row in rows] == list(bench.PLAN)
@@ -111,17 +132,17 @@ def test_the_dry_run_measures_everything(bench, dry_run):
         assert 0 < row["ours_share"] < 1
         assert row["tokens"] == [
             ((row["pictures"] - 1) // 8 + 1) * 4,
-            bench.tokens(row["pictures"])[1],
+            formulas.tokens(row["pictures"])[1],
         ]
     assert rows[0]["tokens"][1] == 126
     assert report["seconds"] < 120
 
 
-def test_ours_is_taken_apart(bench, dry_run):
+def test_ours_is_taken_apart(measuring, dry_run):
     """All parts are seen where they run, the loss's backward of every kind of SyncDPO too."""
     for row in dry_run[0]["measurements"]:
         parts = row["parts_seconds"]
-        expected = {"draw", "noise"} if row["mode"] == "sft" else set(bench.PARTS)
+        expected = {"draw", "noise"} if row["mode"] == "sft" else set(measuring.PARTS)
         assert set(parts) == expected
         assert all(0 < seconds < row["seconds"] for seconds in parts.values())
         assert row["ours_share"] == pytest.approx(sum(parts.values()) / row["seconds"], rel=0.5)
@@ -156,19 +177,23 @@ def test_the_table_stands_beside_what_is_computed(dry_run):
     assert {line.count("|") for line in lines} == {14}
 
 
-def test_kernels_that_overlap_count_once(bench):
+def test_kernels_that_overlap_count_once(measuring):
     kernels = [("b", 20, 10), ("a", 0, 10), ("c", 5, 10), ("d", 21, 2)]
-    assert bench.busy_seconds(kernels) == pytest.approx(25e-9)
+    assert measuring.busy_seconds(kernels) == pytest.approx(25e-9)
     names = ("nvjet_tst_128x256", "flash_fwd_kernel", "cudnn_generated_fort_native_sdpa_sm90")
-    assert [bench.kind_of(name) for name in names] == ["matrix products", "attention", "attention"]
-    assert bench.kind_of("vectorized_elementwise_kernel") == "the rest"
+    assert [measuring.kind_of(name) for name in names] == [
+        "matrix products",
+        "attention",
+        "attention",
+    ]
+    assert measuring.kind_of("vectorized_elementwise_kernel") == "the rest"
 
 
 @pytest.fixture
-def full_size(bench):
+def full_size(formulas):
     """What `attempt` asks of a bench at full size, without the model."""
-    model = SimpleNamespace(set_length=lambda pictures: None, streams=lambda: bench.tokens(121))
-    return SimpleNamespace(model=model, size=bench.Size())
+    model = SimpleNamespace(set_length=lambda pictures: None, streams=lambda: formulas.tokens(121))
+    return SimpleNamespace(model=model, size=formulas.Size())
 
 
 def test_what_does_not_fit_into_the_time_is_skipped(bench, full_size, monkeypatch):

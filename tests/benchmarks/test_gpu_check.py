@@ -1,16 +1,14 @@
 """The check for a GPU, on a machine without one: every stage as far as it goes, and its figures."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from scripts import BENCHMARKS, module
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOOL = BENCHMARKS / "gpu_check.py"
 
 
@@ -32,17 +30,6 @@ def check():
 @pytest.fixture(scope="module")
 def goals():
     return module("goals")
-
-
-def module(name):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return loaded
 
 
 def test_every_stage_runs_dry(tmp_path):

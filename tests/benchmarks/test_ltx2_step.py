@@ -1,23 +1,22 @@
 """The benchmark of LTX-2's training step: its formulas, its dry run, and what it refuses."""
 
-import importlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import BENCHMARKS, module
 from torch.utils.flop_counter import FlopCounterMode
 
 from syncdpo import ops
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "ltx2_step.py"
+SCRIPT = BENCHMARKS / "ltx2_step.py"
+DOCUMENT = BENCHMARKS.parent / "docs" / "ltx2.md"
 FIRST = ("syncdpo", "sft", "cache_reference", "split_pair")
 
 
@@ -41,14 +40,6 @@ def measuring():
     return module("ltx2_measuring")
 
 
-def module(name):
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-
-
 def command(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -67,7 +58,7 @@ def dry_run(tmp_path_factory):
 
 def rows_of_the_document():
     """Of the table in docs/ltx2.md: pictures, S, and the figures as they are printed there."""
-    for line in (ROOT / "docs" / "ltx2.md").read_text().splitlines():
+    for line in DOCUMENT.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if clip := re.fullmatch(r"[\d.]+ s \((\d+)( pictures)?\)", cells[0]):
             yield int(clip[1]), *cells[1:]

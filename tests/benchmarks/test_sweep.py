@@ -1,19 +1,17 @@
 """The sweep over the kernels' constants: its variants, their compilation, and its measuring."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripts import BENCHMARKS, module
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOOL = BENCHMARKS / "sweep.py"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -59,14 +57,6 @@ def variants():
 @pytest.fixture(scope="module")
 def timing():
     return module("sweep_timing")
-
-
-def module(name):
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def run(*arguments, **environment) -> subprocess.CompletedProcess:

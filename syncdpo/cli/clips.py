@@ -71,9 +71,9 @@ def sample(
         "audio_stg_scale": audio_stg_scale,
         "spatio_temporal_guidance_blocks": stg_block or None,
     })  # fmt: skip
-    texts = lines(captions) if captions else [caption]
     if captions and caption:
-        raise ValueError("caption: expected none beside --captions")
+        raise ValueError(f"caption: expected none beside --captions, got {caption!r}")
+    texts = lines(captions) if captions else [caption]
     loaded = load(model, frames=frames, height=height, width=width, fps=fps)
     if weights:
         loaded.load_weights(weights)

@@ -24,7 +24,10 @@ def demo(
     from syncdpo.demo import DemoConfig, format_table, run
 
     if clips and offset_spread:
-        raise ValueError("offset-spread: expected 0 with your own clips, which stay as they are")
+        raise ValueError(
+            "offset-spread: expected 0 with your own clips, which stay as they are, "
+            f"got {offset_spread:g}"
+        )
     spread = given({"offset_spread": offset_spread})
     report = run(DemoConfig(output, clips, steps, samples, seed=seed, **spread))
     typer.echo(format_table(report))

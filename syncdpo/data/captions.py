@@ -135,8 +135,11 @@ def _rows(table: Path, text: str) -> list[dict]:
     except (ValueError, RecursionError, csv.Error) as error:
         name = "CSV" if kind == ".csv" else "JSON"
         raise ValueError(f"captions: {readable(table)} is not valid {name}: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"captions: expected one object per clip in {readable(table)}")
+    listed = isinstance(rows, list)
+    wrong = [row for row in rows if not isinstance(row, dict)] if listed else [rows]
+    if wrong:
+        got = type(wrong[0]).__name__
+        raise ValueError(f"captions: expected one object per clip in {readable(table)}, got {got}")
     return rows
 
 

@@ -47,9 +47,9 @@ class Timeline:
     def __post_init__(self) -> None:
         for name in ("frames", "tokens", "first", "stride"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not (math.isfinite(self.rate) and self.rate > 0):
-            raise ValueError(f"rate must be finite and positive, got {self.rate}")
+            raise ValueError(f"rate: expected a finite number above 0, got {self.rate}")
 
     @property
     def duration(self) -> float:

@@ -118,7 +118,8 @@ def _check_options(options, velocity, logistic, normalize, layout, reduction):
     if not 0.0 <= smoothing <= 0.5:
         raise ValueError(f"label_smoothing: expected 0 to 0.5, got {smoothing}")
     if smoothing and options.objective != "sigmoid":
-        raise ValueError(f"label_smoothing: expected 0 with objective={options.objective!r}")
+        with_objective = f"with objective={options.objective!r}"
+        raise ValueError(f"label_smoothing: expected 0 {with_objective}, got {smoothing}")
 
 
 def _check_tensors(policy, reference, target, mask, reference_error, pair_weight, impl):

@@ -108,7 +108,7 @@ def load_config(path: Path) -> TrainConfig:
     """A yaml file of settings. Raises ValueError for a name that is none, or a wrong type."""
     settings = yaml.safe_load(path.read_text()) or {}
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected `setting: value` lines")
+        raise ValueError(f"{path}: expected `setting: value` lines, got {settings!r:.40}")
     return TrainConfig(**{k: _typed(k, v, path) for k, v in settings.items()})
 
 
@@ -124,7 +124,7 @@ def dump_config(config: TrainConfig) -> str:
 def _typed(name: str, value, path: Path):
     known = {f.name: type(f.default) for f in fields(TrainConfig)}
     if name not in known:
-        raise ValueError(f"{path}: {name} is no setting; there are {', '.join(known)}")
+        raise ValueError(f"{path}: expected a setting, got {name!r}; there are {', '.join(known)}")
     kind = known[name]
     # YAML reads 1e-4 as text and 1 as an int; both mean the float.
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):

@@ -67,9 +67,16 @@ def test_even_frames_leave_out_a_first_one_of_another_length():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"frames": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"tokens": 0}, {"first": 0}],
+    ("wrong", "message"),
+    [
+        ({"frames": 0}, "frames: expected at least 1, got 0"),
+        ({"tokens": -1}, "tokens: expected at least 1, got -1"),
+        ({"first": 0}, "first: expected at least 1, got 0"),
+        ({"stride": 0}, "stride: expected at least 1, got 0"),
+        ({"rate": 0.0}, r"rate: expected a finite number above 0, got 0\.0"),
+        ({"rate": float("nan")}, "rate: expected a finite number above 0, got nan"),
+    ],
 )
-def test_a_stream_without_extent_is_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+def test_a_stream_without_extent_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         Timeline(**{"frames": 4, "rate": 1.0, **wrong})

@@ -22,13 +22,13 @@ def test_yaml_notations_of_a_float(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1e-4", "learning_rat is no setting"),
+        ("learning_rat: 1e-4", "expected a setting, got 'learning_rat'; there are data, "),
         ("steps: many", "steps: expected int, got 'many'"),
         ("steps: 2.5", r"steps: expected int, got 2\.5"),
         ("resume: 1", "resume: expected bool, got 1"),
         ("cache_reference: true", "cache_reference: expected int, got True"),
         ("beta_audio: high", "beta_audio: expected float, got 'high'"),
-        ("- steps", "expected `setting: value` lines"),
+        ("- steps", r"expected `setting: value` lines, got \['steps'\]"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, message):

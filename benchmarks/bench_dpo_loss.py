@@ -11,16 +11,13 @@ before it is timed. On CUDA: pictures of [8, 32768, 128] with sound ("long-B4"),
 5 s clip of LTX-2 ("clip-B1"), which is over before Python has launched it.
 """
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from syncdpo.ops import Velocity, dpo_loss, noise, paired_noise
+from syncdpo.ops import Velocity, _dpo_autograd, dpo_loss, noise, paired_noise
 from syncdpo.testing import predictions
 
-op = importlib.import_module("syncdpo.ops.dpo_loss")  # the name of its public function, too
 AUDIO = (126, 128)
 CASES = {"long-B4": (4, (32768, 128)), "clip-B1": (1, (6144, 128))}
 if not torch.cuda.is_available():
@@ -132,7 +129,7 @@ def test_pass(measure, inputs, direction, target):
     """Without autograd, whose backward would run on another stream than the one captured."""
     policy, reference, given, clean, _, seed, *_, one = inputs
     rebuilt = target == "rebuilt"
-    options = op.Options(
+    options = _dpo_autograd.Options(
         beta=list(BETA), stream=[0, 1], sign=[int(rebuilt)] * 2, objective="sigmoid",
         separate=False, normalize=False, sft_weight=0.0, label_smoothing=0.0, interleaved=False,
         mean=True, stats=False, impl="kernel" if torch.cuda.is_available() else "reference",
@@ -141,12 +138,14 @@ def test_pass(measure, inputs, direction, target):
     plain = [p.detach() for p in policy]
 
     def forward():
-        return op._forward(plain, reference, wanted, seeds, [None] * 2, None, None, options)
+        return _dpo_autograd.run_forward(
+            plain, reference, wanted, seeds, [None] * 2, None, None, options
+        )
 
     loss, *_, slope = forward()
 
     def backward():
-        return op._backward(one, slope, plain, wanted, seeds, [None] * 2, options)
+        return _dpo_autograd.run_backward(one, slope, plain, wanted, seeds, [None] * 2, options)
 
     truth = targets(clean, seed) if rebuilt else given
     exact, exact_grads = loss_step(stable)(policy, reference, truth, one)

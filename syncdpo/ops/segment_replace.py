@@ -301,6 +301,19 @@ def _backward(ctx, grads):
 _op.register_autograd(_backward, setup_context=_save)
 
 
+def _run(
+    streams: list[Tensor], outs: list[Tensor] | None, segments: Segments, options: _Options
+) -> list[Tensor]:
+    """As the registered op where a compiler or autograd looks on, else without its overhead."""
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in streams)
+    if not (torch.compiler.is_compiling() or needs_grad):
+        return _forward(streams, outs, segments, options)
+    results = _op(streams, *segments, *options)
+    if outs is None:
+        return results
+    return [out.copy_(result) for out, result in zip(outs, results, strict=True)]
+
+
 # ---------------------------------------------------------------- public
 
 
@@ -383,12 +396,5 @@ def replace_segments(
             torch.empty_like(x) if given[name] is None else given[name]
             for name, x in zip(names, streams, strict=True)
         ]
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in streams)
-    if torch.compiler.is_compiling() or needs_grad:
-        results = _op(streams, *segments, *options)
-        if outs is not None:
-            results = [y.copy_(result) for y, result in zip(outs, results, strict=True)]
-    else:
-        results = _forward(streams, outs, segments, options)
-    replaced = dict(zip(names, results, strict=True))
+    replaced = dict(zip(names, _run(streams, outs, segments, options), strict=True))
     return replaced.get("video", video), replaced.get("audio", audio)

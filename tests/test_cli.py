@@ -4,6 +4,7 @@ import csv
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from syncdpo import __version__
@@ -43,6 +44,13 @@ def test_version_and_help():
         "info",
     ):
         assert command in help_text
+
+
+@pytest.mark.parametrize("command", [command.callback for command in app.registered_commands])
+def test_every_option_says_what_it_is(command):
+    name = command.__name__.replace("_", "-")
+    parameters = typer.main.get_command(app).commands[name].params
+    assert [p.name for p in parameters if not p.help] == []
 
 
 def test_info_says_what_runs_where():

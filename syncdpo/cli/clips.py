@@ -18,9 +18,17 @@ from syncdpo.cli.options import (
     given,
     load,
     say,
+    with_options,
 )
 
+# What LTX-2's pipeline calls the weights of its guidance, by kind and stream.
+GUIDANCE = (
+    "guidance_scale", "audio_guidance_scale", "guidance_rescale", "audio_guidance_rescale",
+    "modality_scale", "audio_modality_scale", "stg_scale", "audio_stg_scale",
+)  # fmt: skip
 
+
+@with_options(dict.fromkeys(GUIDANCE, Weight))
 def sample(
     output: Output = Path("runs/samples"),
     model: ModelName = "tiny",
@@ -39,14 +47,6 @@ def sample(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to steer away from; guidance is LTX-2's alone.")
     ] = None,
-    guidance_scale: Weight = None,
-    audio_guidance_scale: Weight = None,
-    guidance_rescale: Weight = None,
-    audio_guidance_rescale: Weight = None,
-    modality_scale: Weight = None,
-    audio_modality_scale: Weight = None,
-    stg_scale: Weight = None,
-    audio_stg_scale: Weight = None,
     stg_block: Annotated[
         list[int] | None,
         typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
@@ -55,22 +55,13 @@ def sample(
     height: Pixels = None,
     width: Pixels = None,
     fps: Rate = None,
+    **guidance,
 ) -> None:
     """Generate clips as mp4; LTX-2 by its pipeline, guided as the pipeline guides by default."""
     from syncdpo.sampling import generate, noise_seeds
 
-    guidance = given({
-        "negative_prompt": negative_prompt,
-        "guidance_scale": guidance_scale,
-        "audio_guidance_scale": audio_guidance_scale,
-        "guidance_rescale": guidance_rescale,
-        "audio_guidance_rescale": audio_guidance_rescale,
-        "modality_scale": modality_scale,
-        "audio_modality_scale": audio_modality_scale,
-        "stg_scale": stg_scale,
-        "audio_stg_scale": audio_stg_scale,
-        "spatio_temporal_guidance_blocks": stg_block or None,
-    })  # fmt: skip
+    guidance["negative_prompt"] = negative_prompt
+    guidance["spatio_temporal_guidance_blocks"] = stg_block or None
     if captions and caption:
         raise ValueError(f"caption: expected none beside --captions, got {caption!r}")
     texts = lines(captions) if captions else [caption]
@@ -78,7 +69,7 @@ def sample(
     if weights:
         loaded.load_weights(weights)
     seeds = noise_seeds(count, seed, "sample")
-    for path in generate(loaded, output, seeds, captions=texts, steps=steps, **guidance):
+    for path in generate(loaded, output, seeds, captions=texts, steps=steps, **given(guidance)):
         say(str(path))
 
 

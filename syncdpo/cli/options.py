@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,26 @@ Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 3
 Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
 ModelName = Annotated[str, typer.Option(help="tiny, or an LTX-2 folder or hub id.")]
 Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
+
+
+def with_options(options: dict[str, object]) -> Callable:
+    """Name → annotation of options that stand for the command's last argument, its `**options`.
+
+    None where one is not given. Annotations that are still strings are read here: typer takes those
+    of a signature made by hand as they are, and would lose the help in them.
+    """
+
+    def widened(command: Callable) -> Callable:
+        parameters = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in options.items()
+        ]
+        command.__signature__ = inspect.Signature(parameters)
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return widened
 
 
 def load(name: str, **wanted):

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from syncdpo.cli.options import given
+from syncdpo.cli.options import given, with_options
 from syncdpo.training import TrainConfig
 
-
-def with_settings(command):
-    """Give the command an option for every setting; None: as in the file, or the default."""
-    parameters = list(inspect.signature(command).parameters.values())[:-1]
-    for setting in fields(TrainConfig):
-        option = typer.Option(
-            help=setting.metadata["help"], show_default=str(setting.default) or "none"
-        )
-        parameters.append(
-            inspect.Parameter(
-                setting.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[type(setting.default) | None, option],
-            )
-        )
-    command.__signature__ = inspect.Signature(parameters)
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+SETTINGS = {
+    setting.name: Annotated[
+        type(setting.default) | None,
+        typer.Option(help=setting.metadata["help"], show_default=str(setting.default) or "none"),
+    ]
+    for setting in fields(TrainConfig)
+}
 
 
-@with_settings
+@with_options(SETTINGS)
 def train(
     config: Annotated[Path | None, typer.Option(help="yaml file of the settings below.")] = None,
     show_config: Annotated[

@@ -12,7 +12,7 @@ BOUNDARIES = ("edge", "wrap", "reflect")
 FARTHEST = 2.0**30
 
 
-# Checks
+# ---------------------------------------------------------------- checks
 
 
 def _check_stream(x: Tensor, dim: int, frames: int | None, boundary: str, impl: str) -> None:
@@ -48,12 +48,17 @@ def _check_values(name: str, expected: str, value: Tensor, right: Tensor) -> Non
         raise ValueError(f"{name}[{sample}]: expected {expected}, got {value[sample].tolist()}")
 
 
+def _length(x: Tensor, dim: int, frames: int | None) -> int:
+    """T, also where `dim` holds packed tokens."""
+    return x.shape[dim] if frames is None else frames
+
+
 def _readable(value: Tensor) -> bool:
     """Whether values can be checked: reading them must not wait for a device or break a graph."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-# Reference
+# ---------------------------------------------------------------- reference
 
 
 def _inside(index: Tensor, frames: int, boundary: str) -> Tensor:
@@ -117,7 +122,7 @@ def _reference_grad(grad: Tensor, knots: Tensor, dim: int, boundary: str) -> Ten
     return result.reshape(frames_first.shape).to(grad.dtype).movedim(1, dim).contiguous()
 
 
-# Registration
+# ---------------------------------------------------------------- registration
 
 
 def _forward(x: Tensor, knots: Tensor, dim: int, boundary: str, impl: str) -> Tensor:
@@ -156,7 +161,7 @@ def _backward(ctx, grad: Tensor):
 _warp.register_autograd(_backward, setup_context=_save)
 
 
-# Public
+# ---------------------------------------------------------------- public
 
 
 def warp(
@@ -199,7 +204,7 @@ def warp(
     _check_stream(x, dim, frames, boundary, impl)
     _check_parameter("knots", knots, x, "[B, K], K >= 2,")
     if _readable(knots):
-        length = x.shape[dim] if frames is None else frames
+        length = _length(x, dim, frames)
         near = (knots >= -length) & (knots <= 2 * length - 1)
         right = near.all(1) & (knots.diff(dim=1) >= 0).all(1)
         expected = f"finite, never falling and within one length of the clip's {length} frames"
@@ -228,7 +233,7 @@ def scale(
     _check_parameter("rate", rate, x)
     if _readable(rate):
         _check_values("rate", "finite and above 0", rate, rate.isfinite() & (rate > 0))
-    last = (x.shape[dim] if frames is None else frames) - 1
+    last = _length(x, dim, frames) - 1
     fixed = anchor * last
     knots = torch.stack([fixed - fixed * rate, fixed + (last - fixed) * rate], dim=1)
     return resample(x, knots, dim=dim, frames=frames, boundary=boundary, impl=impl)
@@ -254,7 +259,7 @@ def shift(
     _check_parameter("offset", offset, x)
     if _readable(offset):
         _check_values("offset", "finite", offset, offset.isfinite())
-    last = (x.shape[dim] if frames is None else frames) - 1
+    last = _length(x, dim, frames) - 1
     knots = torch.stack([-offset, last - offset], dim=1)
     return resample(x, knots, dim=dim, frames=frames, boundary=boundary, impl=impl)
 

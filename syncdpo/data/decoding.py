@@ -210,7 +210,8 @@ class _Reading:
             if self.chosen.tracks:
                 first = round(skipped * rate)
                 part = samples[:, first : first + round((end - start) * rate)]
-            if not start >= self.limit and not part.isfinite().all():
+            wanted = not start >= self.limit  # also where it has no timestamp, NaN
+            if wanted and not part.isfinite().all():
                 raise Refused(f"its sound is NaN or infinite at {start:.2f} s of the file")
             self.sounds.append(start, part)
 

@@ -23,10 +23,8 @@ _RETURNS = 8  # packets after which a stamp that was off is a break and no slip
 _KNOT = 10.0  # s between the knots of a clock that drifts
 _DRIFT = 0.001  # s over a clip; less is not worth a resampling
 _SPEED = 0.01  # a clock out by more is no drift but a wrong sample rate
-_BROKEN_LEAST, _BROKEN = (
-    8,
-    0.2,
-)  # breaks, and their share of all packets, beyond which none is meant
+_MOST_BREAKS = 8  # of the sound, beyond which its stamps mean nothing where they are also more
+_BROKEN = 0.2  # than this share of all packets
 _BACK = 0.5  # s by which sound may overlap what came before it
 
 
@@ -144,7 +142,7 @@ def _runs(stamps: np.ndarray, lengths: np.ndarray, rate: int) -> Iterator[_Run]:
         levels, cuts = _noisy_breaks(levels, lengths, rate, noise, lost)
     else:
         levels, cuts = _exact_breaks(levels, min(max(_STEP, 6 * noise), _NOISY_STEP))
-    if len(cuts) + np.count_nonzero(lost) > max(_BROKEN_LEAST, _BROKEN * len(levels)):
+    if len(cuts) + np.count_nonzero(lost) > max(_MOST_BREAKS, _BROKEN * len(levels)):
         raise ValueError("the timestamps of its sound disagree with its length")
     for first, last in zip([0, *cuts], [*cuts, len(levels)], strict=True):
         inside = lost[first:last].copy()

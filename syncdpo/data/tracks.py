@@ -27,6 +27,7 @@ class Chosen:
 
 
 def choose(path: Path) -> Chosen:
+    """The default or first stream of either kind that moves or sounds; Refused where one lacks."""
     with open_file(path, {}) as container:
         has = container.streams
         films = _usable(has.video, "pictures")

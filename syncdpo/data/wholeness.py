@@ -114,9 +114,8 @@ def _flv(file: BinaryIO, size: int) -> str | None:
         if len(header) < 11:
             return _ends_in("a packet")
         at += 11 + int.from_bytes(header[1:4], "big") + 4
-    return (
-        _ends_in("a packet") if at > size + 4 else None
-    )  # some writers leave out the last one's length
+    # Some writers leave out the last one's length, 4 bytes.
+    return _ends_in("a packet") if at > size + 4 else None
 
 
 def _mpegts(file: BinaryIO, size: int) -> str | None:

@@ -65,7 +65,7 @@ def train(
     """
     accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
     keep_precision(accelerator)
-    model = model or load_model(config.model, sigma=config.sigma)
+    model = model or load_model(config.model, **config.model_options)
     if config.weights:
         model.load_weights(Path(config.weights))
     writes = accelerator.is_main_process

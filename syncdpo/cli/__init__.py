@@ -17,6 +17,7 @@ from syncdpo.cli.latents import prepare, probe
 from syncdpo.cli.options import say
 from syncdpo.cli.training import train
 from syncdpo.training import TrainingDiverged
+from syncdpo.versions import WrongVersions, checked_versions
 
 __all__ = ["app", "main"]
 
@@ -55,7 +56,8 @@ def main() -> None:
     Exit codes: 2 for wrong input, 3 for a training that diverged.
     """
     try:
-        app()
-    except (ValueError, OSError, TrainingDiverged) as error:
+        with checked_versions():
+            app()
+    except (ValueError, OSError, WrongVersions, TrainingDiverged) as error:
         say(f"syncdpo: {error}", err=True)
         sys.exit(3 if isinstance(error, TrainingDiverged) else 2)

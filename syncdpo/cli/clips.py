@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from syncdpo.cli.options import (
-    Frames,
+    FORMAT,
+    PARTS,
     ModelName,
     Output,
-    Pixels,
-    Rate,
     Seed,
     Weight,
     given,
@@ -28,7 +27,7 @@ GUIDANCE = (
 )  # fmt: skip
 
 
-@with_options(dict.fromkeys(GUIDANCE, Weight))
+@with_options(dict.fromkeys(GUIDANCE, Weight) | PARTS | FORMAT)
 def sample(
     output: Output = Path("runs/samples"),
     model: ModelName = "tiny",
@@ -51,21 +50,18 @@ def sample(
         list[int] | None,
         typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
     ] = None,
-    frames: Frames = None,
-    height: Pixels = None,
-    width: Pixels = None,
-    fps: Rate = None,
-    **guidance,
+    **options,
 ) -> None:
     """Generate clips as mp4; LTX-2 by its pipeline, guided as the pipeline guides by default."""
     from syncdpo.sampling import generate, noise_seeds
 
+    guidance = {name: options.pop(name) for name in GUIDANCE}
     guidance["negative_prompt"] = negative_prompt
     guidance["spatio_temporal_guidance_blocks"] = stg_block or None
     if captions and caption:
         raise ValueError(f"caption: expected none beside --captions, got {caption!r}")
     texts = lines(captions) if captions else [caption]
-    loaded = load(model, frames=frames, height=height, width=width, fps=fps)
+    loaded = load(model, **options)
     if weights:
         loaded.load_weights(weights)
     seeds = noise_seeds(count, seed, "sample")

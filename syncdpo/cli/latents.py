@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from syncdpo.cli.options import Frames, ModelName, Output, Pixels, Rate, Seed, load, say
+from syncdpo.cli.options import FORMAT, PARTS, ModelName, Output, Seed, load, say, with_options
 
 
+@with_options(PARTS | FORMAT)
 def prepare(
     clips: Annotated[Path, typer.Argument(help="Folder of clips.")],
     output: Output = Path("runs/latents"),
@@ -19,10 +20,7 @@ def prepare(
     ] = None,
     strict: Annotated[bool, typer.Option(help="Leave out clips that look out of step.")] = False,
     shard: Annotated[str, typer.Option(help="rank/world: this process's share.")] = "0/1",
-    frames: Frames = None,
-    height: Pixels = None,
-    width: Pixels = None,
-    fps: Rate = None,
+    **options,
 ) -> None:
     """Encode clips to latents once; safe to interrupt, resumed by the same command."""
     from syncdpo.data.captions import read_captions
@@ -35,7 +33,7 @@ def prepare(
     if str(found):
         say(str(found))  # before hours of encoding
     summary = prepare_clips(
-        load(model, frames=frames, height=height, width=width, fps=fps),
+        load(model, **options),
         clips,
         output,
         captions=found or None,
@@ -45,6 +43,7 @@ def prepare(
     say(str(summary))
 
 
+@with_options(PARTS)
 def probe(
     data: Annotated[Path, typer.Argument(help="Latent cache made by `syncdpo prepare`.")],
     model: Annotated[str, typer.Option(help="The model that the cache belongs to.")] = "tiny",
@@ -54,15 +53,15 @@ def probe(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each listener.")] = 200,
     seed: Seed = 0,
+    **options,
 ) -> None:
     """Can losers be told by their sound alone? Near 50 %: the rule teaches time, no artefact."""
     import torch
 
     from syncdpo.data.latents import LatentDataset
-    from syncdpo.models import load_model
     from syncdpo.negatives.probe import RULES, probe_all, table
 
-    loaded = load_model(model)
+    loaded = load(model, **options)
     latents = LatentDataset(data, loaded.identity())
     audio = torch.stack([sample["audio"] for sample in latents])
     video_timeline, audio_timeline = loaded.timelines

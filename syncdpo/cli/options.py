@@ -22,11 +22,23 @@ OffsetSpread = Annotated[
         min=0, metavar="SECONDS", help="Spread (σ) of the training clips' A/V offset; default 0.06."
     ),
 ]
-Frames = Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")]
-Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
-Rate = Annotated[float | None, typer.Option(help="Pictures per second.")]
-ModelName = Annotated[str, typer.Option(help="tiny, or an LTX-2 folder or hub id.")]
+ModelName = Annotated[
+    str, typer.Option(help="tiny, or LTX-2: a diffusers folder or hub id, or a .safetensors file.")
+]
 Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
+_Part = Annotated[
+    Path | None,
+    typer.Option(help="File or folder of that part of LTX-2, where the model has none."),
+]
+_Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
+# What `load` takes beside the model's name.
+PARTS = dict.fromkeys(("text_encoder", "video_vae", "audio_vae"), _Part)
+FORMAT = {
+    "frames": Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")],
+    "height": _Pixels,
+    "width": _Pixels,
+    "fps": Annotated[float | None, typer.Option(help="Pictures per second.")],
+}
 
 
 def with_options(options: dict[str, object]) -> Callable:
@@ -50,7 +62,7 @@ def with_options(options: dict[str, object]) -> Callable:
 
 
 def load(name: str, **wanted):
-    """The model, in another clip format than its own where one is asked for."""
+    """The model, with other parts or in another clip format than its own where asked for."""
     from syncdpo.models import load_model
 
     return load_model(name, **given(wanted))

@@ -1,4 +1,4 @@
-"""LTX-2 (2.0, 2.3, 2.5) from any diffusers pipeline, behind the protocol of `syncdpo.models`.
+"""LTX-2 (2.0, 2.3, 2.5) behind the protocol of `syncdpo.models`, from any of its checkpoints.
 
 Everything that must agree with inference is asked of diffusers' own classes: components come from
 `LTX2Pipeline`, latents are normalised and packed by its functions, text goes through its encoder
@@ -30,22 +30,29 @@ LOWEST_MEL = 1e-5
 
 
 class LTX2:
-    """A diffusers LTX-2 pipeline behind the protocol of `syncdpo.models.Model`.
+    """An LTX-2 checkpoint behind the protocol of `syncdpo.models.Model`.
 
-    name: folder or hub id. Components are loaded when they are first needed, so training loads the
-        transformer alone, and `prepare` all but the transformer.
+    name: folder or hub id of a diffusers pipeline, or a `.safetensors` file of Lightricks.
+        Components are loaded when they are first needed, so training loads the transformer alone,
+        and `prepare` all but the transformer.
     frames, height, width, fps: the clips; 8k+1 pictures and multiples of 32 pixels.
-    sigma: "shared", one σ for both streams of a clip, or "separate", one for each.
+    sigma: "separate", one σ for each stream of a clip, as LTX-2's trainer draws them, or "shared".
+    shift_bound: tokens from which σ's shift grows no more; 0: it has no bound, as in the trainer.
+    text_encoder, video_vae, audio_vae: file or folder with that component, which the checkpoint
+        lacks or which is to replace its own; the audio VAE's holds the vocoder, too.
+    allow_distilled: False refuses a checkpoint that is known to be distilled, as training should.
     dtype: of weights and latents; bfloat16 on a GPU and float32 on a CPU by default.
     device: where encoders and decoders work; the GPU where there is one by default.
 
-    Raises ValueError for a checkpoint that is not LTX-2 or lacks audio, and for such a clip format.
+    Raises ValueError for a checkpoint that is not LTX-2 or has no sound, for such a clip format,
+    and, when it is first needed, for a component that is missing.
     """
 
     velocity_sign = +1
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     of_audio = staticmethod(of_audio)
     text_tokens = 1024
+    shift_bound = 0
 
     def __init__(
         self,
@@ -55,7 +62,12 @@ class LTX2:
         height: int = 512,
         width: int = 768,
         fps: float = 24.0,
-        sigma: str = "shared",
+        sigma: str = "separate",
+        shift_bound: int = 0,
+        text_encoder: str | Path | None = None,
+        video_vae: str | Path | None = None,
+        audio_vae: str | Path | None = None,
+        allow_distilled: bool = True,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ):
@@ -64,8 +76,14 @@ class LTX2:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default
-        self.sigma = sigma
-        self.parts = Parts(str(name), self.dtype, device)
+        self.sigma, self.shift_bound = sigma, shift_bound
+        others = {"text_encoder": text_encoder, "video_vae": video_vae, "audio_vae": audio_vae}
+        self.parts = Parts(str(name), self.dtype, device, **others)
+        if self.parts.distilled and not allow_distilled:
+            raise ValueError(
+                f"model: {name} is distilled, as {self.parts.distilled} says; expected the full "
+                "model to train, or --allow-distilled"
+            )
         self.config = self.parts.config("transformer")
         if (self.config["patch_size"], self.config["patch_size_t"]) != (1, 1):
             raise ValueError(f"model: expected a transformer with patches of size 1 in {name}")
@@ -154,12 +172,12 @@ class LTX2:
         return LTX2Pipeline._pack_latents(latents)[0]
 
     def _encode_audio(self, clip: Clip) -> Tensor:
-        vae = self.parts.pipeline("audio_vae").audio_vae
-        mel = log_mel(clip.audio, vae.config).to(self.parts.device, self.dtype)
+        vae = self.parts.sound_encoder()
+        mel = log_mel(clip.audio, vae.config).to(self.parts.device)
         latents = LTX2Pipeline._pack_audio_latents(vae.encode(mel[None]).latent_dist.mode())
         latents = LTX2Pipeline._normalize_audio_latents(latents, vae.latents_mean, vae.latents_std)
         # The codec is causal: what it makes of the samples past the last whole frame can go.
-        return latents[0, : self.timelines[1].frames]
+        return latents[0, : self.timelines[1].frames].to(self.dtype)
 
     @torch.no_grad()
     def conditions(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -209,9 +227,10 @@ class LTX2:
         return sigma, draw_sigma(batch, self._shift(audio), generator)
 
     def _shift(self, tokens: int) -> float:
-        """μ: linear in the number of tokens, 0.95 at 1024 and 2.05 at 4096 and above."""
-        most = self._schedule.get("max_image_seq_len") or 4096
-        return calculate_shift(min(tokens, most), *self._shift_arguments())
+        """μ: linear in the number of tokens, 0.95 at 1024 and 2.05 at 4096, on to either side."""
+        if self.shift_bound:
+            tokens = min(tokens, self.shift_bound)
+        return calculate_shift(tokens, *self._shift_arguments())
 
     def _shift_arguments(self) -> tuple[float, ...]:
         """`calculate_shift`'s settings, with the pipeline's own defaults for LTX-2."""

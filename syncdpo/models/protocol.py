@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from syncdpo.data.clips import Clip, ClipFormat
 from syncdpo.negatives.timeline import Timeline
+from syncdpo.versions import checked_versions
 
 Streams = tuple[Tensor, Tensor]  # (video, audio), each [B, …]
 Conditions = dict[str, Tensor]  # whatever `encode` gave beside the latents, each [B, …]
 CLIP_OPTIONS = ("frames", "height", "width", "fps")
+LTX2_OPTIONS = ("text_encoder", "video_vae", "audio_vae", "shift_bound", "allow_distilled")
 
 
 class Model(Protocol):
@@ -62,18 +64,23 @@ class Model(Protocol):
 
 
 def load_model(name: str, **options) -> Model:
-    """ "tiny", or the folder or hub id of a diffusers LTX-2 pipeline.
+    """ "tiny", or an LTX-2 checkpoint: a diffusers pipeline, or a `.safetensors` file.
 
-    Raises ValueError where a clip format is asked of a model that has one only, or cannot be had.
+    Raises ValueError where an option is given to a model that has no use for it, or a clip format
+    cannot be had, and `WrongVersions` where the libraries beneath cannot be imported.
     """
     if name == "tiny":
         if fixed := [option for option in CLIP_OPTIONS if option in options]:
             raise ValueError(
                 f"{', '.join(fixed)}: tiny has one clip format, 2 s of 64×64 at 24 fps"
             )
-        from syncdpo.models.tiny import Tiny
+        if unused := [option for option in LTX2_OPTIONS if options.pop(option, None)]:
+            raise ValueError(f"{', '.join(unused)}: for LTX-2 alone, tiny has none")
+        with checked_versions():
+            from syncdpo.models.tiny import Tiny
 
         return Tiny(**options)
-    from syncdpo.models.ltx2 import LTX2
+    with checked_versions():
+        from syncdpo.models.ltx2 import LTX2
 
     return LTX2(name, **options)

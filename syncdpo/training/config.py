@@ -22,7 +22,11 @@ class TrainConfig:
 
     data: str = _setting("", "cache of `syncdpo prepare`, or an LTX-2 trainer's .precomputed")
     output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
-    model: str = _setting("tiny", "tiny, or folder or hub id of a diffusers LTX-2 pipeline")
+    model: str = _setting("tiny", "tiny, or LTX-2: a diffusers folder or hub id, or a file")
+    text_encoder: str = _setting("", "file or folder of LTX-2's text encoder, where model has none")
+    video_vae: str = _setting("", "file or folder of LTX-2's video VAE, where model has none")
+    audio_vae: str = _setting("", "file or folder of LTX-2's audio VAE, where model has none")
+    allow_distilled: bool = _setting(False, "train a distilled checkpoint all the same")
     weights: str = _setting(
         "", "start from these, all weights or a LoRA, instead of the model's own"
     )
@@ -37,7 +41,8 @@ class TrainConfig:
     max_grad_norm: float = _setting(1.0, "longer gradients are shortened to this norm")
     lora_rank: int = _setting(0, "rank of the LoRA; 0 trains all weights")
     trained: str = _setting("both", "whose weights: both streams', or the audio's alone (audio)")
-    sigma: str = _setting("shared", "noise level: shared by both streams of a clip, or separate")
+    sigma: str = _setting("separate", "noise levels: one for each stream of a clip, or shared")
+    shift_bound: int = _setting(0, "tokens from which LTX-2's noise levels rise no more; 0: none")
     rules: str = _setting("replace+scale", "shift, scale, warp, replace, or several joined by +")
     matched: float = _setting(0.5, "share of matched pairs")
     curriculum: str = _setting("linear", "linear, cosine, stages, constant or adaptive")
@@ -78,6 +83,7 @@ class TrainConfig:
         parse_rule(self.rules)
         lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
         lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "cache_reference", "workers"), 0)
+        lowest["shift_bound"] = 0
         lowest |= dict.fromkeys(("sft_weight", "beta_video", "beta_audio"), 0)
         for name, least in lowest.items():
             if getattr(self, name) < least:
@@ -97,6 +103,13 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: expected 0 with the adaptive curriculum, got {getattr(self, name)}"
                 )
+
+    @property
+    def model_options(self) -> dict:
+        """What `load_model` is told; what is left to its default is left out."""
+        names = ("text_encoder", "video_vae", "audio_vae", "shift_bound")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return given | {"sigma": self.sigma, "allow_distilled": self.allow_distilled}
 
     @property
     def draws_per_clip(self) -> int:

@@ -131,7 +131,7 @@ def test_other_checkpoints_are_refused(folders, tmp_path):
     silent.mkdir()
     index = json.loads((folders["2.0"] / "model_index.json").read_text())
     (silent / "model_index.json").write_text(json.dumps(index | {"audio_vae": [None, None]}))
-    with pytest.raises(ValueError, match=r"with sound, got LTX2Pipeline in .* lacks audio_vae"):
+    with pytest.raises(ValueError, match=r"(transformer|scheduler): not found in .*silent"):
         LTX2(silent)
     older = index | {"_class_name": "LTXPipeline", "transformer": ["diffusers", "LTXVideo"]}
     (silent / "model_index.json").write_text(json.dumps(older))
@@ -294,9 +294,22 @@ def test_the_shipped_settings_load():
 # --- noise levels ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "shift"), [(1024, 0.95), (4096, 2.05), (6144, 2.05)])
-def test_shift_is_linear_in_the_tokens_and_capped(newest, tokens, shift):
-    assert newest._shift(tokens) == pytest.approx(shift)
+@pytest.mark.parametrize(
+    ("tokens", "shift"), [(126, 0.6285), (1024, 0.95), (4096, 2.05), (6144, 2.7833)]
+)
+def test_shift_is_linear_in_the_tokens_as_the_trainer_has_it(newest, tokens, shift):
+    assert newest._shift(tokens) == pytest.approx(shift, abs=1e-4)
+
+
+def test_shift_is_bounded_where_asked(folders):
+    bounded = LTX2(folders["2.0"], shift_bound=4096)  # 121 pictures at 768x512: 6,144 tokens
+    assert bounded._shift(6144) == bounded._shift(4096) == pytest.approx(2.05)
+    free = LTX2(folders["2.0"])
+    low, high = (
+        model.draw_sigma(4096, torch.Generator().manual_seed(0))[0].mean()
+        for model in (bounded, free)
+    )
+    assert high > low + 0.03
 
 
 @pytest.mark.parametrize("shift", [0.95, 2.05])

@@ -1,0 +1,67 @@
+"""Which versions of the libraries beneath work, and a sentence where others fail to import."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+
+# Both ends were tried; pyproject.toml asks for the same.
+WANTED = {"diffusers": ">=0.42,<0.43", "transformers": ">=5.10.1,<5.25"}
+BENEATH = (*WANTED, "peft", "accelerate", "huggingface_hub", "tokenizers", "safetensors")
+
+
+class WrongVersions(ImportError):
+    """A library beneath cannot be imported, or lacks what is asked of it."""
+
+
+@contextlib.contextmanager
+def checked_versions() -> Iterator[None]:
+    """Turns an import that fails inside the libraries beneath into `WrongVersions`."""
+    try:
+        yield
+    except WrongVersions:
+        raise
+    except (ImportError, RuntimeError) as error:
+        if not _failed_import(error):
+            raise
+        raise WrongVersions(_sentence(error)) from error
+
+
+def _failed_import(error: Exception) -> bool:
+    """Whether an import failed, and inside the libraries beneath or of one of them."""
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        return package in BENEATH or _passes_through(error.__traceback__)
+    # diffusers and transformers import lazily, and wrap what goes wrong.
+    return str(error).startswith("Failed to import")
+
+
+def _passes_through(traceback: TracebackType | None) -> bool:
+    while traceback is not None:
+        if traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] in BENEATH:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def _sentence(error: Exception) -> str:
+    found = {name: _found(name) for name in WANTED}
+    lines = [line for line in str(error).splitlines() if line and "look up to see" not in line]
+    return (
+        "versions: expected "
+        + ", ".join(f"{name} {wanted}" for name, wanted in WANTED.items())
+        + ", got "
+        + ", ".join(f"{name} {number}" for name, number in found.items())
+        + f" ({lines[0] if lines else type(error).__name__}); "
+        + "pip install "
+        + " ".join(f"'{name}{wanted}'" for name, wanted in WANTED.items())
+    )
+
+
+def _found(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

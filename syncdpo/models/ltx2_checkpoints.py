@@ -147,7 +147,7 @@ class LightricksFile:
             module = CLASSES[component](config)(**config)
         if component == "connectors":
             state |= self._projection(module, state, dtype)
-        return _fill(module, state, dtype, f"{component} of {self.name}").eval()
+        return _fill(module, state, f"{component} of {self.name}").eval()
 
     def fingerprint(self, component: str) -> str:
         """16 hexadecimal digits of a component's names, sizes and up to 256 pieces of 4 KiB."""
@@ -548,7 +548,7 @@ CONVERTERS = {
 }
 
 
-def _fill(module: nn.Module, state: dict, dtype: torch.dtype, what: str) -> nn.Module:
+def _fill(module: nn.Module, state: dict, what: str) -> nn.Module:
     """Put `state` into `module`, every tensor; what is missing, left over or misshapen is named."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [
@@ -567,4 +567,4 @@ def _fill(module: nn.Module, state: dict, dtype: torch.dtype, what: str) -> nn.M
         found = "; ".join(f"{count} {kind}, {name} among them" for count, kind, name in problems)
         raise ValueError(f"model: {what} does not fit its settings: tensors {found}")
     module.load_state_dict(state, assign=True)
-    return module.to(dtype)
+    return module

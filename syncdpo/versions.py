@@ -48,14 +48,15 @@ def _passes_through(traceback: TracebackType | None) -> bool:
 
 def _sentence(error: Exception) -> str:
     found = {name: _found(name) for name in WANTED}
-    lines = [line for line in str(error).splitlines() if line and "look up to see" not in line]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Where a lazy import failed, the first line names the module, the second what went wrong.
+    reason = next((line for line in lines if "look up to see" not in line), lines[0])
     return (
         "versions: expected "
         + ", ".join(f"{name} {wanted}" for name, wanted in WANTED.items())
         + ", got "
         + ", ".join(f"{name} {number}" for name, number in found.items())
-        + f" ({lines[0] if lines else type(error).__name__}); "
-        + "pip install "
+        + f" ({reason}); pip install "
         + " ".join(f"'{name}{wanted}'" for name, wanted in WANTED.items())
     )
 

@@ -453,13 +453,15 @@ def _vocoder_settings(file: LightricksFile) -> dict:
 
 
 def _generator(source: dict, prefix: str) -> dict:
+    # diffusers' published 2.3 has no bound after its first stage, where Lightricks clamp.
+    bound = "tanh" if source.get("use_tanh_at_final", True) else "clamp"
     settings = {
         "hidden_channels": source.get("upsample_initial_channel", 1024),
         "upsample_kernel_sizes": source.get("upsample_kernel_sizes", [16, 15, 8, 4, 4]),
         "upsample_factors": source.get("upsample_rates", [6, 5, 2, 2, 2]),
         "resnet_kernel_sizes": source.get("resblock_kernel_sizes", [3, 7, 11]),
         "resnet_dilations": source.get("resblock_dilation_sizes", [[1, 3, 5]] * 3),
-        "final_act_fn": "tanh" if source.get("use_tanh_at_final", True) else None,
+        "final_act_fn": bound if source.get("apply_final_activation", not prefix) else None,
         "final_bias": source.get("use_bias_at_final", True),
     }
     return {f"{prefix}{name}": value for name, value in settings.items()}

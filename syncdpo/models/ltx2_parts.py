@@ -86,7 +86,9 @@ class Parts:
         parameters = inspect.signature(CLASSES[component].__init__).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         if component in ASSUMED and not self._given(component):
-            return defaults
+            # A file's header may still say more than that the weights are elsewhere.
+            stated = isinstance(self._main, LightricksFile)
+            return defaults | (self._main.config(component) if stated else {})
         return defaults | self._source(component).config(component)
 
     def pipeline(self, *components: str) -> LTX2Pipeline:

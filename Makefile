@@ -20,6 +20,7 @@ install: $(READY)  ## Make .venv and install the package, editable, with all ext
 $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* syncdpo/*/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,eval,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ltx-core==1.0.0 einops
 	touch $@
 
 demo: $(READY)  ## Train SFT and SyncDPO, measure, report; CLIPS=folder for your own clips

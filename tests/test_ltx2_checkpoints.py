@@ -306,6 +306,17 @@ def test_other_files_are_refused(files, tmp_path):
         LTX2(files["2.3"], text_encoder=files["video_vae"])
 
 
+def test_another_text_encoder_than_the_model_was_trained_with_is_refused(files, tmp_path):
+    """2.5 says which: of the same shapes, the stock Gemma would pass unseen."""
+    source = json.dumps({"gemma_version": "gemma4-12b-ltx-v1"})
+    path = save_lightricks(tmp_path / "a.safetensors", "2.5", gemma_source_checkpoint=source)
+    with pytest.raises(ValueError, match=r"expected gemma4-12b-ltx-v1 for .*, got tiny in"):
+        LTX2(path, text_encoder=files["text_encoder"])
+    source = json.dumps({"gemma_version": "tiny"})
+    path = save_lightricks(tmp_path / "b.safetensors", "2.5", gemma_source_checkpoint=source)
+    LTX2(path, text_encoder=files["text_encoder"])
+
+
 def test_a_diffusion_decoder_is_named_with_what_to_take_instead(tmp_path, files):
     settings = {"vae": CONFIGS["2.5"]["vae"] | {"_class_name": "CausalDiffusionVAE"}}
     path = tmp_path / "video-vae.safetensors"
@@ -374,6 +385,8 @@ def test_sound_is_encoded_in_float32_whatever_the_models_dtype(files):
     assert torch.equal(found, exact.bfloat16())
     vae = half.parts["audio_vae"]
     assert vae.dtype == torch.bfloat16
+    beside = LTX2(files["2.3"], dtype="bfloat16", text_encoder=files["text_encoder"], **SIZE)
+    assert beside.identity()["audio_vae_dtype"] == "float32"  # so that other caches are refused
     mel = log_mel(random_clip().audio, vae.config)[None].bfloat16()
     rough = half.parts.pipeline()._pack_audio_latents(vae.encode(mel).latent_dist.mode())
     rough = (rough[0] - vae.latents_mean) / vae.latents_std

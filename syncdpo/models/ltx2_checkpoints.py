@@ -120,6 +120,20 @@ class LightricksFile:
         marks = {"its name": self.path.name, "its header": self.version}
         return next((where for where, text in marks.items() if "distilled" in text.lower()), "")
 
+    def take_text(self, other: LightricksFile) -> None:
+        """Take the text projections from `other`, a text encoder's file.
+
+        Raises ValueError where this file says that it was trained with another text encoder.
+        """
+        source = _json(self.metadata.get("gemma_source_checkpoint", "{}"), self.path)
+        wanted = source.get("gemma_version")
+        found = _json(other.metadata.get("gemma_config", "{}"), other.path).get("gemma_version")
+        if wanted and found != wanted:
+            raise ValueError(
+                f"text_encoder: expected {wanted} for {self.name}, got {found} in {other.name}"
+            )
+        self.text = other
+
     def has(self, component: str) -> bool:
         if component == "scheduler":
             return self.has("transformer")
@@ -511,9 +525,9 @@ def _json(text: str, path: Path) -> dict:
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"model: {path} holds a `config` that is not JSON ({error})") from error
+        raise ValueError(f"model: {path} holds settings that are not JSON ({error})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"model: {path} holds a `config` that is no JSON object")
+        raise ValueError(f"model: {path} holds settings that are no JSON object")
     return settings
 
 

@@ -74,7 +74,7 @@ class Parts:
         self._others = {option: _other(option, path) for option, path in others.items() if path}
         text = self._others.get("text_encoder")
         if isinstance(self._main, LightricksFile) and isinstance(text, LightricksFile):
-            self._main.text = text
+            self._main.take_text(text)
 
     @property
     def distilled(self) -> str:
@@ -215,9 +215,9 @@ class ComponentFolder:
     def __init__(self, folder: Path, components: tuple[str, ...]):
         self.name = str(folder)
         below = {part: folder / part for part in components if (folder / part).is_dir()}
-        self._folders = below or dict.fromkeys(
-            (p for p in components if p != "vocoder" or len(components) == 1), folder
-        )
+        # The audio VAE's own folder holds no vocoder; a text encoder's holds its tokenizer, too.
+        alone = [part for part in components if part != "vocoder"]
+        self._folders = below or dict.fromkeys(alone, folder)
 
     def has(self, component: str) -> bool:
         folder = self._folders.get(component)

@@ -5,8 +5,9 @@ by a rule. How this script simplifies and departs from it:
 
 - Latents are encoded beforehand (`syncdpo prepare`); rules distort latents, not raw media.
 - Half of the pairs are *matched* by default: winner and loser both distorted, the winner in step.
-- The reference is the adapter switched off (LoRA), a frozen copy (full weights), or a table of its
-  errors made once (`cache_reference`), after which no reference model is needed at all.
+- The reference is the adapter switched off, or as it was loaded (LoRA), a frozen copy (full
+  weights), or a table of its errors made once (`cache_reference`), after which no reference model
+  is needed at all.
 - One optimizer, AdamW; no moving average of the weights; no validation inside the loop.
 
 Everything random is a pure function of (seed, step): which clips, which σ, which ε, which
@@ -33,12 +34,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from syncdpo import ops
+from syncdpo import ops, publish
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams, load_model
+from syncdpo.models.weights import holds_lora
 from syncdpo.negatives import Pairs
 from syncdpo.negatives.curriculum import Adaptive, curriculum
-from syncdpo.training.adapter import adapter_switched_off, merge_adapter, train_adapter
+from syncdpo.training.adapter import (
+    as_reference,
+    keep_reference,
+    loaded_adapter,
+    merge_adapter,
+    train_adapter,
+)
 from syncdpo.training.checkpoint import Log, finished_weights, load_checkpoint, save_checkpoint
 from syncdpo.training.config import TrainConfig, TrainingDiverged
 from syncdpo.training.dice import Dice, Order, Roll
@@ -63,17 +71,18 @@ def train(
     that do not fit, TrainingDiverged when no step counts any more; the last good checkpoint is then
     in place.
     """
+    publish.check(config)
     accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
     keep_precision(accelerator)
     model = model or load_model(config.model, **config.model_options)
-    if config.weights:
-        model.load_weights(Path(config.weights))
     writes = accelerator.is_main_process
+    about = publish.about(config, model) if writes else {}
+    base = load_start(config, model, writes)
     if data is None:
         data = open_latents(config.data, model, progress=progress and writes)
         if writes and hasattr(data, "summary"):  # whatever is left out, and why
             print(data.summary, file=sys.stderr)
-    policy, reference = policy_and_reference(config, model)
+    policy, reference = policy_and_reference(config, model, base)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad],
         config.learning_rate,
@@ -130,22 +139,47 @@ def train(
 
     weights = finished_weights(config, policy)
     if writes:
-        model.save_weights(Path(config.output), weights)
+        model.save_weights(Path(config.output), weights, about=about)
+        publish.write_card(config, about, len(data))
     log.close()
     accelerator.wait_for_everyone()
+    if writes and config.push_to_hub:
+        publish.upload(Path(config.output), config.push_to_hub)
     return {"steps": config.steps} | {k: state[k] for k in (*since, "skipped")}
 
 
 # --- what is trained ------------------------------------------------------------------------------
 
 
-def policy_and_reference(config: TrainConfig, model: Model) -> tuple[nn.Module, nn.Module | None]:
-    """The module to train, and a frozen copy where the adapter's absence cannot serve as one.
+def load_start(config: TrainConfig, model: Model, writes: bool) -> nn.Module | None:
+    """Put `weights` into the model; → a frozen copy of what it was, where that is the reference.
 
-    A LoRA that `weights` brought is trained on, with the model without it as the reference; where
-    all weights are to be trained, it is merged into them.
+    A LoRA that stays one needs no copy: it can be switched off.
     """
-    policy, reference = model.transformer, None
+    if not config.weights:
+        return None
+    base, path = None, Path(config.weights)
+    against_base = config.method == "syncdpo" and config.reference == "base"
+    if against_base and not (config.lora_rank and holds_lora(path)):
+        base = frozen_copy(model.transformer)
+    # A LoRA in float32, however the model is stored, so that no bit of it is lost.
+    note = model.load_weights(path, allow_partial=config.allow_partial, dtype=torch.float32)
+    if note and writes:
+        print(note, file=sys.stderr)
+    return base
+
+
+def policy_and_reference(
+    config: TrainConfig, model: Model, base: nn.Module | None = None
+) -> tuple[nn.Module, nn.Module | None]:
+    """The module to train, and a frozen copy where no adapter's absence or copy can serve as one.
+
+    A LoRA that `weights` brought is trained on; where all weights are to be trained, it is merged
+    into them. What either is measured against, `reference` says: `weights` as they were loaded,
+    or `base`, the model without them.
+    """
+    policy, reference = model.transformer, base
+    loaded = loaded_adapter(policy) is not None
     wanted = model.of_audio if config.trained == "audio" else lambda name: True
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
@@ -153,13 +187,19 @@ def policy_and_reference(config: TrainConfig, model: Model) -> tuple[nn.Module, 
         train_adapter(policy, config.lora_rank, model.lora_targets, wanted, config.seed)
     else:
         merge_adapter(policy)
-        if config.method == "syncdpo":
-            reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        if config.method == "syncdpo" and reference is None:
+            reference = frozen_copy(policy)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and wanted(name))
         if parameter.requires_grad:  # AdamW's small steps are lost on bf16 weights
             parameter.data = parameter.data.float()
+    if config.lora_rank and loaded and config.reference == "weights":
+        keep_reference(policy)
     return policy.train(), reference
+
+
+def frozen_copy(transformer: nn.Module) -> nn.Module:
+    return copy.deepcopy(transformer).requires_grad_(False).eval()
 
 
 @dataclass
@@ -277,7 +317,7 @@ class Learner:
         if self.reference is not None:
             yield self.reference
             return
-        with adapter_switched_off(self.accelerator.unwrap_model(self.policy)):
+        with as_reference(self.accelerator.unwrap_model(self.policy)):
             yield self.policy
 
     @torch.no_grad()

@@ -34,6 +34,9 @@ def sample(
     weights: Annotated[
         Path | None, typer.Option(help="Trained weights or LoRA; default: the model's own.")
     ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option(help="Take what fits of a LoRA, leave the rest.")
+    ] = False,
     caption: Annotated[str, typer.Option(help="What to generate; tiny takes no text.")] = "",
     captions: Annotated[
         Path | None, typer.Option(help="Text file with a caption on each line, instead.")
@@ -62,8 +65,8 @@ def sample(
         raise ValueError(f"caption: expected none beside --captions, got {caption!r}")
     texts = lines(captions) if captions else [caption]
     loaded = load(model, **options)
-    if weights:
-        loaded.load_weights(weights)
+    if weights and (note := loaded.load_weights(weights, allow_partial=allow_partial)):
+        say(note, err=True)
     seeds = noise_seeds(count, seed, "sample")
     for path in generate(loaded, output, seeds, captions=texts, steps=steps, **given(guidance)):
         say(str(path))

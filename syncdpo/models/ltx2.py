@@ -318,11 +318,11 @@ class LTX2:
 
     # --- weights ----------------------------------------------------------------------------------
 
-    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_weights(folder, self.transformer, state)
+    def save_weights(self, folder: Path, state: dict[str, Tensor], **options) -> None:
+        save_weights(folder, self.transformer, state, **options)
 
-    def load_weights(self, path: Path) -> None:
-        load_weights(path, self.transformer)
+    def load_weights(self, path: Path, **options) -> str:
+        return load_weights(path, self.transformer, **options)
 
 
 def log_mel(audio: Tensor, config) -> Tensor:

@@ -56,11 +56,18 @@ class Model(Protocol):
         Raises ValueError for captions or guidance given to a model that has no use for them.
         """
 
-    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write full or LoRA weights as safetensors, in the format that diffusers loads."""
+    def save_weights(self, folder: Path, state: dict[str, Tensor], **options) -> None:
+        """Write full or LoRA weights as safetensors, in a format that other tools load.
 
-    def load_weights(self, path: Path) -> None:
-        """Put weights written by `save_weights` into `transformer`."""
+        options: `about`, what the file's metadata says of the run.
+        """
+
+    def load_weights(self, path: Path, **options) -> str:
+        """Put weights written by `save_weights`, or a LoRA of another tool, into `transformer`.
+
+        options: `allow_partial` and `dtype`, as in `syncdpo.models.weights.load_weights`. Returns a
+        sentence about what was left out, or nothing.
+        """
 
 
 def load_model(name: str, **options) -> Model:

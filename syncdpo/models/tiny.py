@@ -204,11 +204,11 @@ class Tiny:
             latents = self.sample(transformer, {}, some, steps or SAMPLING_STEPS, pictures)
             yield from self.decode(*latents)
 
-    def save_weights(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_weights(folder, self.transformer, state)
+    def save_weights(self, folder: Path, state: dict[str, Tensor], **options) -> None:
+        save_weights(folder, self.transformer, state, **options)
 
-    def load_weights(self, path: Path) -> None:
-        load_weights(path, self.transformer)
+    def load_weights(self, path: Path, **options) -> str:
+        return load_weights(path, self.transformer, **options)
 
 
 def sampling_sigmas(steps: int) -> Tensor:

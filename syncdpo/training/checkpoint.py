@@ -21,13 +21,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from syncdpo.data.files import remove_leftovers, write_atomic
+from syncdpo.models.weights import ADAPTER
 from syncdpo.negatives.curriculum import Schedule
 from syncdpo.training.config import TrainConfig
 
 KEPT = 2
 PATTERN = "checkpoint-*.safetensors"
 # Settings that may differ between a run and its continuation: they change no step.
-FREE = {"resume", "checkpoint_every", "workers", "output", "data"}
+FREE = {
+    "resume", "checkpoint_every", "workers", "output", "data", "allow_partial", "push_to_hub",
+}  # fmt: skip
 # Full tensors on the CPU, whatever wraps the model; of a LoRA run the adapter alone.
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
@@ -102,7 +105,8 @@ def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor
 
     Every process must call it.
     """
-    ours = [p for name, p in policy.named_parameters() if not config.lora_rank or "lora_" in name]
+    adapter = f".{ADAPTER}."
+    ours = [p for n, p in policy.named_parameters() if not config.lora_rank or adapter in n]
     frozen = not all(parameter.requires_grad for parameter in ours)
     return get_model_state_dict(policy, options=replace(TRAINED, ignore_frozen_params=not frozen))
 

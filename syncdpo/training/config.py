@@ -30,7 +30,11 @@ class TrainConfig:
     weights: str = _setting(
         "", "start from these, all weights or a LoRA, instead of the model's own"
     )
+    allow_partial: bool = _setting(False, "take what fits of a LoRA in weights, leave the rest")
     method: str = _setting("syncdpo", "sft or syncdpo")
+    reference: str = _setting(
+        "weights", "what margins are measured against: weights as loaded, or the base without them"
+    )
     steps: int = _setting(200, "optimizer steps")
     batch_size: int = _setting(16, "clips per process and micro-step")
     accumulation: int = _setting(1, "micro-steps per optimizer step")
@@ -39,7 +43,7 @@ class TrainConfig:
     warmup: int = _setting(10, "steps to the peak learning rate")
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, "longer gradients are shortened to this norm")
-    lora_rank: int = _setting(0, "rank of the LoRA; 0 trains all weights")
+    lora_rank: int = _setting(0, "rank of the LoRA, at least; 0 trains all weights")
     trained: str = _setting("both", "whose weights: both streams', or the audio's alone (audio)")
     sigma: str = _setting("separate", "noise levels: one for each stream of a clip, or shared")
     shift_bound: int = _setting(0, "tokens from which LTX-2's noise levels rise no more; 0: none")
@@ -59,6 +63,7 @@ class TrainConfig:
     workers: int = _setting(0, "processes that read latents ahead")
     checkpoint_every: int = _setting(100, "steps between checkpoints")
     resume: bool = _setting(False, "go on from the last checkpoint in output")
+    push_to_hub: str = _setting("", "repository of the hub that gets the weights and their card")
     seed: int = _setting(0, "everything random follows from it")
 
     def __post_init__(self):
@@ -68,6 +73,7 @@ class TrainConfig:
 
         choices = {
             "method": ("sft", "syncdpo"),
+            "reference": ("weights", "base"),
             "trained": ("both", "audio"),
             "sigma": ("shared", "separate"),
             "schedule": ("constant", "linear", "cosine"),

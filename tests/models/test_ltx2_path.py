@@ -70,7 +70,7 @@ def test_the_pipeline_takes_the_lora(trained):
     weights = load_file(output / LORA)
     assert len(added) == len(weights)
     for name, parameter in added.items():
-        stored = weights["transformer." + name.replace(".default_0", "")]
+        stored = weights["diffusion_model." + name.replace(".default_0", "")]
         torch.testing.assert_close(parameter.detach(), stored.to(parameter.dtype))
 
 

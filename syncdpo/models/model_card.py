@@ -1,0 +1,129 @@
+"""The card that goes with trained weights: what they are, of what, and how each tool loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from huggingface_hub import ModelCardData
+
+from syncdpo.models.weights import FULL, LORA
+
+# Bases in diffusers' format: what a card names for one that was loaded from a folder.
+PUBLISHED = {
+    "2.0": "Lightricks/LTX-2",
+    "2.3": "dg845/LTX-2.3-Diffusers",
+    "2.5": "Lightricks/LTX-2.5-Diffusers",
+}
+METHODS = {
+    "sft": "supervised fine-tuning",
+    "syncdpo": "SyncDPO (arXiv 2605.12179): preferring synchronised clips over the same clips with "
+    "their timing distorted",
+}
+FACTS = (  # of the settings, those that the card's table shows
+    "method", "rules", "matched", "curriculum", "trained", "lora_rank", "steps", "learning_rate",
+    "beta_video", "beta_audio", "reference",
+)  # fmt: skip
+OF_PAIRS = {"rules", "matched", "curriculum", "beta_video", "beta_audio", "reference"}
+
+
+def model_card(
+    title: str,
+    base: Mapping[str, str | None],
+    settings: Mapping[str, object],
+    clips: int,
+    all_settings: str,
+    repository: str = "",
+) -> str:
+    """README.md for the weights of a run: YAML that the hub reads, then text for people.
+
+    base: "name" as the run named it, "repository" of the hub or None, "version" or None,
+        "fingerprint".
+    settings: of the run, by name; all_settings: all of them as yaml. clips: how many it saw.
+    repository: of the hub, where these weights will be; a folder's name stands for it else.
+    """
+    lora = bool(settings["lora_rank"])
+    published = base["repository"] or PUBLISHED.get(base["version"] or "")
+    if base["name"] == "tiny":
+        published = None
+    data = ModelCardData(
+        base_model=published,
+        base_model_relation=("adapter" if lora else "finetune") if published else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video" if published else None,
+        tags=["syncdpo", "audio-video", "synchronisation"]
+        + ["lora"] * lora
+        + ["ltx-2"] * bool(published),
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        f"{'A LoRA for' if lora else 'All weights of'} {_base(base)}, from "
+        f"{METHODS[str(settings['method'])]}. The base's licence applies to them.",
+        _facts(base, settings, clips),
+        "## How to load it",
+        _loading(lora, published, base, repository or title),
+        "## All settings",
+        f"```yaml\n{all_settings}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _base(base: Mapping[str, str | None]) -> str:
+    if base["name"] == "tiny":
+        return "the embedded model of syncdpo"
+    return f"LTX-2 of version {base['version']} (`{base['name']}`)"
+
+
+def _facts(base: Mapping[str, str | None], settings: Mapping[str, object], clips: int) -> str:
+    shown = [name for name in FACTS if settings["method"] == "syncdpo" or name not in OF_PAIRS]
+    rows = [("base", f"`{base['name']}`, weights `{base['fingerprint']}`"), ("clips", clips)]
+    rows += [(name.replace("_", " "), f"`{settings[name]}`") for name in shown]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _loading(
+    lora: bool, published: str | None, base: Mapping[str, str | None], repository: str
+) -> str:
+    file = LORA if lora else FULL
+    ours = f"""**syncdpo**
+
+    syncdpo sample --model {base["repository"] or base["name"]} --weights {file}"""
+    if published is None:
+        return f"{ours}\n\nNo other tool has this base."
+    if not lora:
+        return f"""**diffusers**
+
+```python
+import torch
+from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
+
+transformer = LTX2VideoTransformer3DModel.from_pretrained("{repository}", dtype=torch.bfloat16)
+pipeline = LTX2Pipeline.from_pretrained(
+    "{published}", transformer=transformer, dtype=torch.bfloat16
+)
+```
+
+**ComfyUI** and **ltx-pipelines** load whole transformers under Lightricks' own names, which these
+are not; a LoRA they would load.
+
+{ours}"""
+    return f"""**diffusers**
+
+```python
+import torch
+from diffusers import LTX2Pipeline
+
+pipeline = LTX2Pipeline.from_pretrained("{published}", dtype=torch.bfloat16).to("cuda")
+pipeline.load_lora_weights("{repository}", weight_name="{file}")
+```
+
+**ComfyUI**: put `{file}` into `models/loras`, under any name, and a *LoraLoaderModelOnly* behind
+the loader of the LTX-2 checkpoint, strength 1.
+
+**ltx-pipelines**, beside a pipeline's other options:
+
+    python -m ltx_pipelines.ti2vid_one_stage --lora {file} 1.0
+
+{ours}
+
+Alpha equals the rank, so strength 1 is what was trained."""

@@ -145,6 +145,11 @@ def _connectors(**options) -> LTX2TextConnectors:
     return LTX2TextConnectors(**settings | options)
 
 
+def tiny_transformer(version: str, layers: int = 2, seed: int = 0) -> LTX2VideoTransformer3DModel:
+    torch.manual_seed(seed)
+    return _transformer(num_layers=layers, **VERSIONS[version]["transformer"])
+
+
 def _transformer(**options) -> LTX2VideoTransformer3DModel:
     settings = {
         "in_channels": CHANNELS,

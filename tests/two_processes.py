@@ -20,6 +20,7 @@ RUNS = {
         "lora_rank": 2, "batch_size": 2, "accumulation": 2, "split_pair": True,
         "gradient_checkpointing": True, "checkpoint_every": 7,
     },
+    "onward": {"weights": "lora", "lora_rank": 3},  # from the run above, against it
     "bf16": {"mixed_precision": "bf16", "dtype": torch.bfloat16, "lora_rank": 2},
 }  # fmt: skip
 
@@ -29,7 +30,8 @@ def main(folder: Path) -> None:
     for name, settings in RUNS.items():
         accelerator = start(PRECISION[settings.get("mixed_precision", "fp32")])
         print(f"{accelerator.distributed_type.value} in {accelerator.num_processes} processes")
-        share = settings | {"batch_size": settings.get("batch_size", 4) // 2}
+        share = settings_in(folder, name)
+        share["batch_size"] = share.get("batch_size", 4) // 2
         run(folder / name, **share)
         if "checkpoint_every" in settings:  # once more, from the last checkpoint but one
             if accelerator.is_main_process:
@@ -37,6 +39,14 @@ def main(folder: Path) -> None:
             accelerator.wait_for_everyone()
             run(folder / name, resume=True, **share)
     accelerator.end_training()
+
+
+def settings_in(folder: Path, name: str) -> dict:
+    """The settings of a run whose folder, as all the others', is in `folder`."""
+    settings = dict(RUNS[name])
+    if "weights" in settings:
+        settings["weights"] = str(folder / settings["weights"])
+    return settings
 
 
 def start(precision: str) -> Accelerator:

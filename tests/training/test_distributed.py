@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from micro import outcome, run
 from processes import PYTHONPATH
 from tiny_ltx2 import save_tiny_ltx2
-from two_processes import RUNS
+from two_processes import RUNS, settings_in
 from typer.testing import CliRunner
 
 from syncdpo.cli import app
@@ -67,9 +67,9 @@ def assert_same(first, second, ignore=r"$."):
 def alone(tmp_path_factory):
     """Each run in one process: {name: (log, weights)}."""
     folder, outcomes = tmp_path_factory.mktemp("alone"), {}
-    for name, settings in RUNS.items():
+    for name in RUNS:
         AcceleratorState._reset_state()  # one process of accelerate's has one precision
-        outcomes[name] = run(folder / name, **settings)
+        outcomes[name] = run(folder / name, **settings_in(folder, name))
     AcceleratorState._reset_state()
     return outcomes
 

@@ -9,12 +9,23 @@ from diffusers import LTX2Pipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_ltx2 import AUDIO_CHANNELS, BINS, CHANNELS, HEADS, TEXT, VERSIONS, WIDTH, tiny_transformer
+from tiny_ltx2 import (
+    AUDIO_CHANNELS,
+    BINS,
+    CHANNELS,
+    HEADS,
+    TEXT,
+    VERSIONS,
+    WIDTH,
+    save_tiny_ltx2,
+    tiny_transformer,
+)
 from typer.testing import CliRunner
 
 from syncdpo.cli import app, main
 from syncdpo.models.base_model import fingerprint, version_named, version_of
 from syncdpo.models.lora_keys import linear_modules, original_name
+from syncdpo.models.ltx2 import LTX2
 from syncdpo.models.weights import (
     FULL,
     LORA,
@@ -26,6 +37,8 @@ from syncdpo.models.weights import (
 )
 
 FRAMES, SIDE, SOUNDS, WORDS = 3, 2, 5, 4
+SIZE = {"frames": 17, "height": 64, "width": 64}
+TRAINERS = "lora_weights_step_02000.safetensors"
 BY_DEFAULT = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -282,7 +295,7 @@ def as_ltx_trainer(folder, pairs, alpha):
     for name, (a, b) in pairs.items():
         key = f"diffusion_model.{original_name(name)}"
         tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-    save_file(tensors, folder / "lora_weights_step_02000.safetensors")
+    save_file(tensors, folder / TRAINERS)
 
 
 def as_ai_toolkit(folder, pairs, alpha):
@@ -374,6 +387,34 @@ def test_spellings_of_a_module_mean_one():
             assert len({spell(name) for name in names}) == len(names)
         renamed = {original_name(name) for name in names} - set(names)
         assert renamed.isdisjoint(names)
+
+
+def test_generated_latents_agree_before_and_after(version, tmp_path):
+    """diffusers' pipeline with ltx-trainer's LoRA, and with the file that we make of it."""
+    model = save_tiny_ltx2(tmp_path / "model", version)
+    pairs = random_pairs(LTX2(model, **SIZE).transformer, ends=BY_DEFAULT)
+    as_ltx_trainer(tmp_path, pairs, some_alpha)
+    ours = LTX2(model, **SIZE)
+    ours.load_weights(tmp_path / TRAINERS)
+    ours.save_weights(tmp_path / "ours", ours.transformer.state_dict())
+    before, after, base = (
+        generated_latents(model, lora) for lora in (tmp_path / TRAINERS, tmp_path / "ours", None)
+    )
+    assert_same_velocities(after, before, base)
+
+
+def generated_latents(model, lora) -> torch.Tensor:
+    pipeline = LTX2Pipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
+    streams = pipeline(
+        "a ball strikes the floor", height=SIZE["height"], width=SIZE["width"],
+        num_frames=SIZE["frames"], num_inference_steps=2, output_type="latent", return_dict=False,
+        use_cross_timestep=pipeline.transformer.config.cross_attn_mod,
+        generator=torch.Generator().manual_seed(0), spatio_temporal_guidance_blocks=[1],
+    )  # fmt: skip
+    return torch.cat([stream.flatten() for stream in streams])
 
 
 # --- refused --------------------------------------------------------------------------------------

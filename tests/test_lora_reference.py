@@ -5,13 +5,16 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import LTX2Pipeline
 from micro import micro_model, outcome, random_latents, run
 from safetensors.torch import load_file, save_file
+from tiny_ltx2 import HEADS, TEXT, VERSIONS, WIDTH, save_tiny_ltx2
 
 from syncdpo.adapter import REFERENCE, as_reference, keep_reference, loaded_pairs, train_adapter
 from syncdpo.checkpoint import load_checkpoint
 from syncdpo.config import TrainConfig
 from syncdpo.models.lora_keys import original_name
+from syncdpo.models.ltx2 import LTX2
 from syncdpo.models.tiny import Tiny
 from syncdpo.models.weights import LORA, of_audio
 from syncdpo.train import policy_and_reference, train
@@ -19,11 +22,12 @@ from syncdpo.train import policy_and_reference, train
 STILL = 1e-12  # a learning rate that moves nothing
 
 
-def write_lora(path, rank=4, wanted=lambda name: True, extra=()):
+def write_lora(path, rank=4, wanted=lambda name: True, extra=(), transformer=None):
     """What ltx-trainer leaves: the attentions' LoRA, not small, without alpha; → its pairs."""
     generator = torch.Generator().manual_seed(3)
     pairs, tensors = {}, {}
-    for name, module in micro_model().transformer.named_modules():
+    transformer = transformer or micro_model().transformer
+    for name, module in transformer.named_modules():
         if not name.endswith(Tiny.lora_targets + tuple(extra)) or not wanted(name):
             continue
         a = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
@@ -42,11 +46,12 @@ def lora(tmp_path_factory):
 
 
 @torch.no_grad()
-def velocities(model) -> torch.Tensor:
-    latents = torch.utils.data.default_collate(random_latents(2))
+def velocities(model, samples=None, transformer=None) -> torch.Tensor:
+    conditions = torch.utils.data.default_collate(samples or random_latents(2))
+    latents = (conditions.pop("video"), conditions.pop("audio"))
     sigma = (torch.full((2,), 0.5), torch.full((2,), 0.3))
-    arguments = (latents["video"], latents["audio"]), sigma, {}
-    return torch.cat([v.flatten() for v in model.velocity(model.transformer, *arguments)])
+    streams = model.velocity(transformer or model.transformer, latents, sigma, conditions)
+    return torch.cat([stream.flatten() for stream in streams])
 
 
 def merged(pairs) -> torch.Tensor:
@@ -79,6 +84,52 @@ def test_training_starts_at_the_velocities_of_a_lora(tmp_path, lora, rank, capsy
         assert {len(t) for n, t in weights.items() if "lora_A" in n} == {max(rank, 4)}
     said = "lora_rank: 2, but 24 modules of the LoRA in weights keep their own, up to 4"
     assert (said in capsys.readouterr().err) == (rank == 2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_ltx2_goes_on_from_an_ltx_trainer_lora(tmp_path, version):
+    """And what comes of it loads into diffusers' pipeline, with the velocities it began with."""
+    folder = save_tiny_ltx2(tmp_path / "model", version)
+    model = LTX2(folder, frames=17, height=64, width=64)
+    pairs = write_lora(tmp_path / "theirs.safetensors", transformer=model.transformer)
+    data = ltx2_samples(model)
+    config = TrainConfig(
+        output=str(tmp_path / "run"), weights=str(tmp_path / "theirs.safetensors"), lora_rank=4,
+        steps=1, batch_size=2, learning_rate=STILL, rules="shift",
+    )  # fmt: skip
+    train(config, model, data, progress=False)
+    log, _ = outcome(tmp_path / "run")
+    assert (log[0]["margin"], log[0]["implicit_accuracy"]) == (0, 0.5)
+
+    pipeline = LTX2Pipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "run")
+    fresh, expected = (LTX2(folder, frames=17, height=64, width=64) for _ in range(2))
+    with torch.no_grad():
+        for name, (a, b) in pairs.items():
+            expected.transformer.get_submodule(name).weight += b @ a
+    found, wanted, base = (
+        velocities(fresh, data, transformer)
+        for transformer in (pipeline.transformer, expected.transformer, fresh.transformer)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert (wanted - base).norm() > 0.01 * base.norm()
+
+
+def ltx2_samples(model, count=2):
+    generator = torch.Generator().manual_seed(5)
+    video, audio = (t.frames * t.tokens for t in model.timelines)
+    prompt = model.config["use_prompt_embeddings"]
+    text = (TEXT, TEXT) if prompt else (HEADS * WIDTH, HEADS * WIDTH // 2)
+    shapes = {
+        "video": (video, model.config["in_channels"]),
+        "audio": (audio, model.config["audio_in_channels"]),
+        "video_text": (4, text[0]),
+        "audio_text": (4, text[1]),
+    }
+    return [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -151,7 +151,11 @@ def lora_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
     """Arguments of `peft.LoraConfig`: these modules, each with its rank, each with scale 1."""
     every = list(ranks.values())
     rank = max(every, key=every.count)
-    others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    # One pattern per rank: peft tries every pattern on every module.
+    others = {
+        f"^(?:{'|'.join(re.escape(name) for name in ranks if ranks[name] == other)})": other
+        for other in sorted(set(every) - {rank})
+    }
     return {
         "r": rank,
         "lora_alpha": rank,
@@ -238,7 +242,8 @@ def _scales(metadata: Mapping[str, str]):
         ) from error
 
     def scale(module: str, rank: int) -> float:
-        value = patterns.get(get_pattern_key(patterns, module), alpha)
+        key = module if module in patterns else get_pattern_key(patterns, module)
+        value = patterns.get(key, alpha)
         return 1.0 if value is None else value / (math.sqrt(rank) if root else rank)
 
     return scale

@@ -144,7 +144,7 @@ def train(
     log.close()
     accelerator.wait_for_everyone()
     if writes and config.push_to_hub:
-        publish.upload(Path(config.output), config.push_to_hub)
+        print(publish.upload(Path(config.output), config.push_to_hub), file=sys.stderr)
     return {"steps": config.steps} | {k: state[k] for k in (*since, "skipped")}
 
 

@@ -249,7 +249,7 @@ def test_the_file_says_what_it_is_of(version, tmp_path):
 def test_a_scale_of_ones_own_is_folded_in(tmp_path):
     """save_weights with an adapter of any alpha: the file means the same without it."""
     transformer = base_of("2.3")
-    config = LoraConfig(r=4, lora_alpha=2, target_modules=list(BY_DEFAULT), use_rslora=True)
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=list(BY_DEFAULT), use_rslora=True)
     transformer.add_adapter(config)
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():

@@ -182,7 +182,7 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_weights_and_card_go_to_the_hub_and_nothing_else_does(tmp_path, hub):
+def test_weights_and_card_go_to_the_hub_and_nothing_else_does(tmp_path, hub, capsys):
     run(tmp_path, steps=1, lora_rank=2, push_to_hub="me/my-lora")
     (_, made, how), (_, to, upload) = hub.calls
     assert made == to == "me/my-lora"
@@ -190,6 +190,7 @@ def test_weights_and_card_go_to_the_hub_and_nothing_else_does(tmp_path, hub):
     assert sorted(upload["allow_patterns"]) == [CARD, LORA]
     assert upload["folder_path"] == tmp_path
     assert "# my-lora" in (tmp_path / CARD).read_text()
+    assert "https://huggingface.co/me/my-lora" in capsys.readouterr().err
 
 
 def test_nothing_goes_there_unasked(tmp_path, hub):

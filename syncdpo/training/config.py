@@ -28,7 +28,7 @@ class TrainConfig:
     audio_vae: str = _setting("", "file or folder of LTX-2's audio VAE, where model has none")
     allow_distilled: bool = _setting(False, "train a distilled checkpoint all the same")
     weights: str = _setting(
-        "", "start from these, all weights or a LoRA, instead of the model's own"
+        "", "start from these, all weights or a LoRA of any tool, instead of the model's own"
     )
     allow_partial: bool = _setting(False, "take what fits of a LoRA in weights, leave the rest")
     method: str = _setting("syncdpo", "sft or syncdpo")

@@ -7,6 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import LTX2Pipeline
 from micro import micro_model, outcome, random_latents, run
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_ltx2 import HEADS, TEXT, VERSIONS, WIDTH, save_tiny_ltx2
 
@@ -268,6 +269,17 @@ def test_the_reference_is_the_adapter_as_it_was_and_nothing_else_changes(lora):
         assert {name: p.requires_grad for name, p in transformer.named_parameters()} == found
     assert not torch.allclose(velocities(model), started)
     assert {name: p.requires_grad for name, p in transformer.named_parameters()} == found
+
+
+def test_an_adapter_of_ones_own_keeps_its_scale():
+    """One that was put there by peft, with any alpha, before training began."""
+    model = micro_model()
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    model.transformer.add_adapter(config)
+    before = velocities(model)
+    train_adapter(model.transformer, 3, Tiny.lora_targets, lambda name: True, seed=0)
+    torch.testing.assert_close(velocities(model), before, rtol=1e-4, atol=1e-5)
+    assert (before - velocities(micro_model())).norm() > 0.01 * before.norm()
 
 
 @pytest.mark.parametrize("method", ["sft", "syncdpo"])

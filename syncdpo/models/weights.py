@@ -56,7 +56,7 @@ def save_weights(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if getattr(transformer, "peft_config", None):
-        tensors, metadata = written_lora(_scaled_pairs(transformer, state))
+        tensors, metadata = written_lora(scaled_pairs(transformer, state))
         name = LORA
     else:
         transformer.save_config(folder)
@@ -67,17 +67,17 @@ def save_weights(
     save_file(tensors, folder / name, metadata=dict(about or {}) | metadata)
 
 
-def lora_pairs(state: Mapping[str, Tensor], adapter: str = ADAPTER) -> Pairs:
+def lora_pairs(state: Mapping[str, Tensor]) -> Pairs:
     """{module: (A, B)} from a state dict, whose keys name the adapter or, as peft's own, do not."""
     pairs = {}
     for key, a in state.items():
-        for ending in (f".lora_A.{adapter}.weight", ".lora_A.weight"):
+        for ending in (f".lora_A.{ADAPTER}.weight", ".lora_A.weight"):
             if key.endswith(ending):
                 pairs[key.removesuffix(ending)] = (a, state[key.replace(".lora_A.", ".lora_B.")])
     return pairs
 
 
-def _scaled_pairs(transformer: nn.Module, state: dict[str, Tensor]) -> Pairs:
+def scaled_pairs(transformer: nn.Module, state: Mapping[str, Tensor]) -> Pairs:
     """The adapter's pairs, with its scale, which is 1 for those that are trained here, in B."""
     refuse_other_kinds(state)
     scales = {

@@ -14,11 +14,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from syncdpo.models.lora_keys import Pairs, lora_settings
-from syncdpo.models.weights import ADAPTER, lora_pairs, place_lora
+from syncdpo.models.weights import ADAPTER, place_lora, scaled_pairs
 
-REFERENCE = (
-    "reference"  # the adapter as it was loaded, where that is what a LoRA is measured against
-)
+REFERENCE = "reference"  # the adapter as it was loaded
 
 
 def train_adapter(
@@ -82,10 +80,10 @@ def loaded_adapter(transformer: nn.Module) -> LoraConfig | None:
     return getattr(transformer, "peft_config", {}).get(ADAPTER)
 
 
-def loaded_pairs(transformer: nn.Module, adapter: str = ADAPTER) -> Pairs:
-    """The matrices of an adapter, by module; none where there is none."""
+def loaded_pairs(transformer: nn.Module) -> Pairs:
+    """The matrices of the adapter, by module, its scale in B; none where there is none."""
     state = {name: p.detach() for name, p in transformer.named_parameters() if ".lora_" in name}
-    return lora_pairs(state, adapter)
+    return scaled_pairs(transformer, state)
 
 
 def keep_reference(transformer: nn.Module) -> None:

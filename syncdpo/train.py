@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from syncdpo import ops, publish
+from syncdpo import ops
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.models.weights import holds_lora
 from syncdpo.negatives import Pairs
 from syncdpo.negatives.curriculum import Adaptive, curriculum
+from syncdpo.training import publish
 from syncdpo.training.adapter import (
     as_reference,
     keep_reference,

@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 MAY_USE = {
     "__main__": {"cli", "info"},
     "cli": {"demo", "train", "sampling", "evaluation", "info", "training", "models", "negatives",
-            "data"},
+            "data", "versions"},
     "demo": {"train", "sampling", "training", "models", "data", "metrics"},
     "train": {"training", "models", "negatives", "data", "ops"},
     "sampling": {"training", "models", "data"},
     "evaluation": {"data", "metrics"},
     "training": {"models", "negatives", "data"},
-    "models": {"negatives", "data", "ops"},
+    "models": {"negatives", "data", "ops", "versions"},
     "negatives": {"ops"},
     "data": {"metrics"},
     "metrics": set(),
@@ -29,6 +29,7 @@ MAY_USE = {
     "kernels": set(),
     "info": {"_C"},
     "testing": set(),
+    "versions": set(),
 }  # fmt: skip
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from syncdpo.config import TrainConfig, dump_config
 from syncdpo.data.files import write_atomic
 from syncdpo.models import Model
 from syncdpo.models.base_model import fingerprint, version_of
 from syncdpo.models.model_card import model_card
 from syncdpo.models.weights import FULL, LORA
+from syncdpo.training.config import TrainConfig, dump_config
 
 CARD = "README.md"
 FILES = (LORA, FULL, "config.json", CARD)  # what goes to the hub; logs and checkpoints stay

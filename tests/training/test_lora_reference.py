@@ -11,14 +11,20 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_ltx2 import HEADS, TEXT, VERSIONS, WIDTH, save_tiny_ltx2
 
-from syncdpo.adapter import REFERENCE, as_reference, keep_reference, loaded_pairs, train_adapter
-from syncdpo.checkpoint import load_checkpoint
-from syncdpo.config import TrainConfig
 from syncdpo.models.lora_keys import original_name
 from syncdpo.models.ltx2 import LTX2
 from syncdpo.models.tiny import Tiny
 from syncdpo.models.weights import LORA, of_audio
 from syncdpo.train import policy_and_reference, train
+from syncdpo.training.adapter import (
+    REFERENCE,
+    as_reference,
+    keep_reference,
+    loaded_pairs,
+    train_adapter,
+)
+from syncdpo.training.checkpoint import load_checkpoint
+from syncdpo.training.config import TrainConfig
 
 STILL = 1e-12  # a learning rate that moves nothing
 

@@ -11,14 +11,14 @@ from micro import micro_model, run
 from safetensors import safe_open
 from tiny_ltx2 import VERSIONS, save_tiny_ltx2
 
-import syncdpo.publish
+import syncdpo.training.publish
 from syncdpo.cli import main
-from syncdpo.config import TrainConfig, load_config
 from syncdpo.models.base_model import fingerprint
 from syncdpo.models.ltx2 import LTX2
 from syncdpo.models.model_card import PUBLISHED, model_card
 from syncdpo.models.weights import FULL, LORA
-from syncdpo.publish import CARD, about, on_hub, shareable, write_card
+from syncdpo.training.config import TrainConfig, load_config
+from syncdpo.training.publish import CARD, about, on_hub, shareable, write_card
 
 BASE = {"name": "Lightricks/LTX-2", "repository": "Lightricks/LTX-2", "version": "2.0"}
 
@@ -177,8 +177,8 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     Hub.calls, Hub.fails = [], None
-    monkeypatch.setattr(syncdpo.publish, "HfApi", Hub)
-    monkeypatch.setattr(syncdpo.publish, "get_token", lambda: "hf_nothing")
+    monkeypatch.setattr(syncdpo.training.publish, "HfApi", Hub)
+    monkeypatch.setattr(syncdpo.training.publish, "get_token", lambda: "hf_nothing")
     return Hub
 
 
@@ -223,14 +223,14 @@ def test_the_client_is_the_hubs():
 def test_what_the_hub_cannot_take_is_refused_before_training(tmp_path, hub, monkeypatch):
     with pytest.raises(ValueError, match="push_to_hub: "):
         run(tmp_path, push_to_hub="not a repository")
-    monkeypatch.setattr(syncdpo.publish, "get_token", lambda: None)
+    monkeypatch.setattr(syncdpo.training.publish, "get_token", lambda: None)
     with pytest.raises(ValueError, match=r"push_to_hub: .*hf auth login"):
         run(tmp_path, push_to_hub="me/x")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line_says_so_with_exit_code_2(tmp_path, hub, monkeypatch, capsys):
-    monkeypatch.setattr(syncdpo.publish, "get_token", lambda: None)
+    monkeypatch.setattr(syncdpo.training.publish, "get_token", lambda: None)
     arguments = ("train", "--data", tmp_path, "--push-to-hub", "me/x", "--output", tmp_path / "o")
     monkeypatch.setattr(sys, "argv", ["syncdpo", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:

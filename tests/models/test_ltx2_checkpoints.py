@@ -26,7 +26,7 @@ from syncdpo.models.ltx2_parts import NEEDED
 from syncdpo.versions import WANTED, WrongVersions, checked_versions
 
 SIZE = {"frames": 17, "height": 64, "width": 96}
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

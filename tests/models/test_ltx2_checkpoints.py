@@ -416,7 +416,7 @@ def test_an_import_that_fails_beneath_ends_in_one_sentence(tmp_path, package):
     (broken / "__init__.py").write_text("raise ImportError('tokenizers of another day')")
     paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = subprocess.run(
-        [sys.executable, "-m", "syncdpo.cli", "sample", "-o", tmp_path / "out"],
+        [sys.executable, "-m", "syncdpo", "sample", "-o", tmp_path / "out"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 
 # Both ends were tried; pyproject.toml asks for the same.
-WANTED = {"diffusers": ">=0.42,<0.43", "transformers": ">=5.10.1,<5.25"}
+WANTED = {"diffusers": ">=0.41,<0.43", "transformers": ">=5.10.1,<5.25"}
 BENEATH = (*WANTED, "peft", "accelerate", "huggingface_hub", "tokenizers", "safetensors")
 
 

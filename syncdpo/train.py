@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from syncdpo import ops
+from syncdpo.data.buckets import buckets_of, take_format
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.models.weights import holds_lora
@@ -95,7 +96,7 @@ def train(
     reference = reference and place_frozen(accelerator, reference)
     difficulty = curriculum(config.curriculum)
     state = load_checkpoint(config, policy, optimizer, difficulty)
-    order = Order(config, len(data), accelerator)
+    order = Order(config, len(data), accelerator, buckets_of(data))
     dice = Dice(config, model, difficulty, order, accelerator.device)
     learner = Learner(config, accelerator, model, policy, reference, progress and writes)
     del reference  # the learner's alone: once its errors are known, it goes
@@ -216,6 +217,7 @@ class Learner:
     reference_errors: Tensor | None = None  # [draws, clips, streams, win and lose]
 
     def backward(self, batch: dict[str, Tensor], roll: Roll) -> dict[str, Tensor]:
+        take_format(self.model, roll.bucket)
         latents = (batch.pop("video"), batch.pop("audio"))
         if self.config.method == "sft":
             return self._sft(latents, batch, roll)
@@ -327,18 +329,17 @@ class Learner:
 
         Noise and distortions are functions of (clip, draw), so these are four numbers per draw.
         """
-        config, world = self.config, self.accelerator.num_processes
-        # As many places for every process, as sharded weights ask for: the last may be no clips.
-        padded, rank = math.ceil(len(data) / world) * world, self.accelerator.process_index
-        mine = list(range(rank, padded, world))
-        batches = [mine[i : i + config.batch_size] for i in range(0, len(mine), config.batch_size)]
-        jobs = list(itertools.product(range(config.cache_reference), batches))
-        errors = torch.zeros(config.cache_reference, padded, 2, 2, device=dice.device)
-        for stage, places in tqdm(jobs, "reference", disable=not self.progress):
-            clips = [place % len(data) for place in places]
+        config, size = self.config, len(data)
+        jobs = list(itertools.product(range(config.cache_reference), dice.order.shares()))
+        # The last row is for clips that only fill a batch up.
+        errors = torch.zeros(config.cache_reference, size + 1, 2, 2, device=dice.device)
+        for stage, share in tqdm(jobs, "reference", disable=not self.progress):
+            clips = [clip for clip, _ in share]
+            places = [clip if counts else size for clip, counts in share]
             batch = default_collate([data[i] for i in clips])
             batch = {name: x.to(errors.device) for name, x in batch.items()}
-            roll = dice.stage(stage)[clips]
+            roll = dice.draw(stage, clips)
+            take_format(self.model, roll.bucket)
             pairs = roll.pairs.make(batch.pop("video"), batch.pop("audio"))
             with self._reference() as reference:
                 prediction = self._velocity(reference, *self._noised(pairs, batch, roll))
@@ -346,7 +347,7 @@ class Learner:
             _, stats = self._loss(pairs, roll, None, nothing, prediction)
             halves = torch.stack([stats.policy_win, stats.policy_lose], dim=-1)
             errors[stage, places] = halves.transpose(0, 1)
-        self.reference_errors = self.accelerator.reduce(errors, "sum")[:, : len(data)]
+        self.reference_errors = self.accelerator.reduce(errors, "sum")[:, :size]
         self.reference = None
 
 

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from syncdpo.cli.options import FORMAT, PARTS, ModelName, Output, Seed, load, say, with_options
+from syncdpo.cli.options import (
+    FORMAT,
+    PARTS,
+    ModelName,
+    Output,
+    Seed,
+    given,
+    load,
+    say,
+    with_options,
+)
+
+SIZE = ("frames", "height", "width")  # of `FORMAT`, what a bucket holds
 
 
 @with_options(PARTS | FORMAT)
@@ -18,25 +30,48 @@ def prepare(
     captions: Annotated[
         Path | None, typer.Option(help="csv, jsonl or json; default: a .txt beside each clip.")
     ] = None,
+    trigger: Annotated[
+        str | None, typer.Option(metavar="WORD", help="Put before every caption.")
+    ] = None,
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FxHxW",
+            help="Pictures x height x width, once for each clip format; a clip goes into the "
+            "longest that it fills, of those of one length into the nearest in shape.",
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Leave out clips that look out of step.")] = False,
     shard: Annotated[str, typer.Option(help="rank/world: this process's share.")] = "0/1",
     **options,
 ) -> None:
     """Encode clips to latents once; safe to interrupt, resumed by the same command."""
+    from syncdpo.data.buckets import parse_bucket
     from syncdpo.data.captions import read_captions
     from syncdpo.data.latents import prepare as prepare_clips
 
+    both = [name for name in SIZE if name in given(options)]
+    if bucket and both:
+        raise ValueError(
+            f"bucket: expected in the place of {', '.join(SIZE)}, got {', '.join(both)} too"
+        )
+    if trigger is not None and not trigger.strip():
+        raise ValueError(f"trigger: expected a word, got {trigger!r}")
     rank, _, world = shard.partition("/")
     if not (rank.isdecimal() and world.isdecimal()):
         raise ValueError(f"shard: expected rank/world, as 0/4, got {shard!r}")
     found = read_captions(clips, captions)
     if str(found):
         say(str(found))  # before hours of encoding
+    loaded = load(model, **options)
     summary = prepare_clips(
-        load(model, **options),
+        loaded,
         clips,
         output,
         captions=found or None,
+        sounds=found.sounds,
+        trigger=trigger and trigger.strip(),
+        buckets=[parse_bucket(text, loaded.clip_format.fps) for text in bucket or ()],
         strict=strict,
         shard=(int(rank), int(world)),
     )

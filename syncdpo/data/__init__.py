@@ -2,9 +2,11 @@
 
 `clips` gives pictures and sound on one time axis, whatever a file does to them, and writes them;
 `decoding` reads one, with what it asks of a file in `container`, `tracks`, `edits`, `stamps`,
-`colours`, `sound`, `tally` and `wholeness`. `captions` reads what is said of clips; `latents`
-encodes them once, and `precomputed` reads what the LTX-2 trainer encoded. `winners` tells which
-clips are out of step, and `synthetic` renders some that are not.
+`colours`, `sound`, `tally` and `wholeness`; `sound_file` reads sound alone. `captions` reads what
+is said of clips; `latents` encodes them once, in one format or in several `buckets`, and
+`precomputed` reads what the LTX-2 trainer encoded, each clip by `trainer_clip` out of
+`foreign_tensors`. `winners` tells which clips are out of step, and `synthetic` renders some that
+are not.
 """
 
 from .clips import Clip, ClipError, ClipFormat, find_clips, read_clip, write_clip

@@ -13,6 +13,7 @@ from syncdpo.data.files import files_below, readable, reasons
 
 PATH_COLUMNS = ("media_path", "video_path", "file_name", "video", "path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+SOUND_COLUMN = "audio"  # as ltx-trainer names it: a file whose sound stands in for the clip's own
 
 # UTF-32's first: the little-endian one begins as UTF-16's does.
 MARKS = {
@@ -26,10 +27,12 @@ NO_TEXT = "neither UTF-8 nor UTF-16 nor Windows-1252; save it as UTF-8"
 
 
 class Captions(dict[str, str]):
-    """{clip: caption}, and `notes`: what was guessed or left out on the way, (file, sentence)."""
+    """{clip: caption}, `sounds`, {clip: file} where the table names one for its sound, and `notes`:
+    what was guessed or left out on the way, (file, sentence)."""
 
     def __init__(self):
         super().__init__()
+        self.sounds: dict[str, Path] = {}
         self.notes: list[tuple[Path, str]] = []
 
     def __str__(self) -> str:
@@ -42,9 +45,10 @@ def read_captions(folder: str | Path, table: str | Path | None = None) -> Captio
 
     With `table`, one row per clip: its path under one of `PATH_COLUMNS` (absolute, or relative to
     `folder` or to the table) and its caption under one of `CAPTION_COLUMNS`; csv by its header
-    line, jsonl or a json list by its keys; lines end at line feeds only. Without, `name.txt` beside
-    `name.mp4`: such files are keyed by the clip's path *without* its extension, which `caption_of`
-    understands.
+    line, jsonl or a json list by its keys; lines end at line feeds only. Where a column `audio`
+    holds text, it is the path of a file whose sound stands in the place of the clip's own. Without
+    a table, `name.txt` beside `name.mp4`: such files are keyed by the clip's path *without* its
+    extension, which `caption_of` understands.
 
     Text is UTF-8 or what its byte order mark says. Without a mark, many zero bytes make it UTF-16,
     and what is no UTF-8 is read as Windows-1252; either guess is noted. A .txt that is none of
@@ -74,6 +78,11 @@ def caption_of(source: str, captions: dict[str, str]) -> str | None:
     """The caption of the clip `source` (POSIX path relative to the folder), or None."""
     found = captions.get(source)
     return found if found is not None else captions.get(source.rpartition(".")[0])
+
+
+def with_trigger(trigger: str | None, caption: str) -> str:
+    """The caption behind the word that is to call up what is learnt, if there is such a word."""
+    return caption if trigger is None else f"{trigger} {caption}".strip()
 
 
 def decode_text(content: bytes) -> tuple[str, str | None]:
@@ -113,7 +122,11 @@ def _from_table(folder: Path, table: Path) -> Captions:
         # Half of a surrogate pair, as JSON may escape one: no text that could be encoded.
         whole = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         broken += whole != caption
-        captions[_relative(path, folder, table.parent)] = whole
+        clip = _relative(path, folder, table.parent)
+        captions[clip] = whole
+        sound = row.get(SOUND_COLUMN)
+        if isinstance(sound, str) and sound.strip():
+            captions.sounds[clip] = _sound(sound.strip(), folder, table.parent)
     if nameless:
         captions.notes.append((table, f"rows that name no clip, left out: {nameless}"))
     if broken:
@@ -168,3 +181,9 @@ def _relative(path: str, folder: Path, beside: Path) -> str:
             except (OSError, ValueError):  # too long for a name, or no name at all
                 continue
     return Path(path).as_posix()
+
+
+def _sound(path: str, folder: Path, beside: Path) -> Path:
+    """Where the table meant it; where it is in neither folder, it will be missed in the first."""
+    places = [base / path for base in (folder, beside)]
+    return next((place for place in places if place.is_file()), places[0])

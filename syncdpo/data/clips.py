@@ -19,7 +19,8 @@ from torch import Tensor
 
 from syncdpo.data.colours import EXACT
 from syncdpo.data.decoding import ClipError, Streams, decode
-from syncdpo.data.files import files_below
+from syncdpo.data.files import files_below, readable
+from syncdpo.data.sound_file import decode_sound
 
 EXTENSIONS = frozenset({
     ".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
@@ -69,6 +70,14 @@ class Clip:
     @property
     def seconds(self) -> float:
         return len(self.video) / self.fps
+
+
+class TooShort(ClipError):
+    """A file that is whole, and shorter than the `length` asked for: it lasts `seconds`."""
+
+    def __init__(self, path: Path, seconds: float, length: float):
+        super().__init__(path, f"{seconds:.2f} s long, shorter than the {length:g} s asked")
+        self.seconds = seconds
 
 
 def list_clips(folder: str | Path) -> list[Path]:
@@ -125,6 +134,7 @@ def read_clip(
     sample_rate: int | None = None,
     channels: int | None = None,
     require_sound: bool = False,
+    sound: str | Path | None = None,
 ) -> Clip:
     """The first `seconds` of a file, everything of it by default, in the format asked for.
 
@@ -137,6 +147,8 @@ def read_clip(
     sample_rate: Hz, band-limited resampling without delay. channels: 1 is the mean of all; more are
         copies of that mean where the file has another number.
     require_sound: silence is an error.
+    sound: a file whose sound stands in the place of the clip's own: its first sample sounds with
+        the clip's first picture, and where it ends, silence begins. The clip then needs none.
 
     Raises ClipError, with a reason of one line, for whatever keeps the file from being such a clip:
     missing, empty, truncated, damaged, no media at all, without pictures or without sound, silent
@@ -147,11 +159,13 @@ def read_clip(
         if value is not None:
             _check_positive(name, value)
     path = Path(path)
-    streams = decode(path, seconds, size)
+    streams = decode(path, seconds, size, needs_sound=sound is None)
     rate = float(fps or streams.fps)
     length = streams.seconds if seconds is None else seconds
     if streams.seconds < length - 0.5 / rate:
-        raise ClipError(path, f"{streams.seconds:.2f} s long, shorter than the {length:g} s asked")
+        raise TooShort(path, streams.seconds, length)
+    if sound is not None:
+        _take_sound(streams, path, Path(sound), length)
     count = max(1, round(length * rate))
     begin = _begin(streams.picture_times, streams.fps)
     video = _taken(streams, _shown([t - begin for t in streams.picture_times], count, rate))
@@ -167,6 +181,21 @@ def read_clip(
 def is_silent(audio: Tensor) -> bool:
     """Whether nothing in [C,N] moves by more than `SILENCE` about its mean."""
     return audio.numel() == 0 or bool((audio - audio.mean(1, keepdim=True)).abs().max() < SILENCE)
+
+
+def _take_sound(streams: Streams, path: Path, sound: Path, length: float) -> None:
+    """Another file's sound in the place of its own; what is wrong with that is the clip's fault."""
+    name = readable(sound.name)
+    try:
+        streams.sound, streams.sample_rate = decode_sound(sound, length)
+    except ClipError as error:
+        where = readable(sound) if error.reason == "no such file" else name
+        raise ClipError(path, f"its sound {where}: {error.reason}") from error
+    notes = [note for note in streams.notes if not note.startswith("sound track")]
+    ends = streams.sound.shape[1] / streams.sample_rate
+    if ends < length - 0.5 / streams.fps:
+        notes.append(f"its sound {name} ends at {ends:.2f} s of {length:.2f} s, silence follows")
+    streams.notes = tuple(notes)
 
 
 def _begin(times: list[float], fps: float) -> float:

@@ -29,7 +29,7 @@ class ToRGB:
         self.reformatter = VideoReformatter()
 
     def __call__(self, frame) -> Tensor:
-        turns = round(frame.rotation / 90) % 4  # counter-clockwise quarters
+        turns = turns_of(frame)
         height, width = frame.height, round(frame.width * self.pixel_width)
         if self.size is not None:
             target = self.size if turns % 2 == 0 else self.size[::-1]
@@ -44,6 +44,11 @@ class ToRGB:
         if self.size is None:  # a stream may change its size: the first picture's counts
             self.size = tuple(picture.shape[:2])
         return _centre(picture, self.size)
+
+
+def turns_of(frame) -> int:
+    """Counter-clockwise quarters that put a picture upright."""
+    return round(frame.rotation / 90) % 4
 
 
 def _matrix(frame) -> int:

@@ -18,6 +18,13 @@ def open_file(path: Path, options: dict[str, str]):
     return av.open(f"file:{path}", options=options, metadata_errors="ignore")
 
 
+def promised_end(stream) -> float | None:
+    """When a stream ends in s on the file's axis, as its header says; None where it does not."""
+    if stream.duration is None:
+        return None
+    return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+
+
 def packets_of(container, *streams) -> Iterator:
     """Packets in the file's order; in the end one without data for each stream."""
     packets = container.demux(*streams)

@@ -22,8 +22,8 @@ import av
 import numpy as np
 from torch import Tensor
 
-from syncdpo.data.colours import ToRGB
-from syncdpo.data.container import WORDS, Refused, open_file, packets_of
+from syncdpo.data.colours import ToRGB, turns_of
+from syncdpo.data.container import WORDS, Refused, open_file, packets_of, promised_end
 from syncdpo.data.edits import Track
 from syncdpo.data.sound import Sound, samples_of
 from syncdpo.data.stamps import Counted, Edited, Stamps, frame_rate
@@ -31,12 +31,12 @@ from syncdpo.data.tally import Tally
 from syncdpo.data.tracks import Chosen, choose
 from syncdpo.data.wholeness import fault, pictures_begun
 
-_TRUNCATED = 0.25  # s missing against what the header says; priming and padding are below 0.1 s
+TRUNCATED = 0.25  # s missing against what the header says; priming and padding are below 0.1 s
+AHEAD = 0.5  # s of sound read beyond what is asked for, more than any jitter of its stamps
+
 _HOLE = 10.0  # s without a new picture; only a still if the sound goes on meanwhile
 _COVERED = 0.9  # share of a still that has sound
 _INTERLEAVED = 30.0  # s by which sound may lag behind the pictures in a file
-_AHEAD = 0.5  # s of sound read beyond what is asked for, more than any jitter of its stamps
-_PLANES = 8  # of sound; PyAV reads beyond the frame for more
 
 
 class ClipError(ValueError):
@@ -76,20 +76,32 @@ def decode(
     size: tuple[int, int] | None,
     *,
     keep: Callable[[Tensor], Any] | None = None,
+    needs_sound: bool = True,
 ) -> Streams:
     """All pictures and sound of a file, or enough of them for its first `seconds`.
 
     size: (height, width) of the pictures, as in `read_clip`. keep: what is held of each picture,
     made as it is decoded, one after the other as shown; the picture itself by default. A film at
-    full size takes 6 MB a picture. Raises ClipError.
+    full size takes 6 MB a picture. needs_sound: False takes a file without sound, too; `sound` and
+    `sample_rate` are then None and 0. Raises ClipError.
     """
+    return from_file(path, lambda path: _decode(path, seconds, size, keep, needs_sound))
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a file's first picture upright, in square pixels. Raises ClipError."""
+    return from_file(path, _shown_size)
+
+
+def from_file(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file; what keeps it from that is a ClipError with the reason."""
     path = Path(path)
     if not path.is_file():
         raise ClipError(path, "no such file")
     if path.stat().st_size == 0:
         raise ClipError(path, "empty file")
     try:
-        return _decode(path, seconds, size, keep)
+        return read(path)
     except av.FFmpegError as error:
         reason = f"damaged, truncated or not a media file ({error.strerror})"
         raise ClipError(path, reason) from error
@@ -97,11 +109,36 @@ def decode(
         raise ClipError(path, str(refused)) from refused
 
 
-def _decode(path: Path, seconds: float | None, size, keep) -> Streams:
-    chosen = choose(path)
+def joined_sound(sounds: Sound, origin: float, seconds: float) -> Tensor:
+    """`Sound.joined`; what contradicts itself there is a reason to refuse the file."""
+    try:
+        return sounds.joined(origin, seconds)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _shown_size(path: Path) -> tuple[int, int]:
+    chosen = choose(path, needs_sound=False)
+    with open_file(path, {}) as container:
+        video = container.streams[chosen.video]
+        pixel_width = float(video.sample_aspect_ratio or 1)
+        for packet in packets_of(container, video):
+            try:
+                frame = next(iter(packet.decode()), None)
+            except av.InvalidDataError:  # the first may refer to what was cut off
+                continue
+            if frame is not None:
+                size = frame.height, round(frame.width * pixel_width)
+                return size if turns_of(frame) % 2 == 0 else size[::-1]
+    raise Refused(f"no {WORDS['video']} (the stream is empty)")
+
+
+def _decode(path: Path, seconds: float | None, size, keep, needs_sound: bool) -> Streams:
+    chosen = choose(path, needs_sound)
     options = {"ignore_editlist": "1"} if chosen.tracks else {}
     with open_file(path, options) as container:
-        video, audio = container.streams[chosen.video], container.streams[chosen.audio]
+        video = container.streams[chosen.video]
+        audio = None if chosen.audio is None else container.streams[chosen.audio]
         reading = _Reading(container, video, audio, chosen, seconds, size, keep)
         reading.run()
         reading.check(path)
@@ -117,6 +154,7 @@ class _Reading:
         self.keep = keep or (lambda picture: picture)
         self.to_rgb = ToRGB(size, video.sample_aspect_ratio)
         self.header_rate = float(video.average_rate or video.guessed_rate or 0)
+        self.streams_read = [video] if audio is None else [video, audio]
         self.stamps = self._stamps()
         self.tally = Tally()
         self.times: list[float] = []
@@ -126,19 +164,19 @@ class _Reading:
         self.ends = {"video": -math.inf, "audio": -math.inf}
         self.partial = {"video": False, "audio": False}  # whether the last packet was
         self.suspect = False  # whether a transport stream has lost packets, or was joined
-        self.done = {"video": False, "audio": False}
+        self.done = {"video": False, "audio": audio is None}
 
     def _stamps(self) -> Stamps:
         if self.chosen.tracks:
             return Edited(self.chosen.tracks)
         if self.container.format.name == "avi":
             self.video.codec_context.copy_opaque = True
-            both = self.video, self.audio
-            return Counted(float(self.video.time_base), *self.chosen.late, both)
+            late = self.chosen.late
+            return Counted(float(self.video.time_base), *late, self.streams_read)
         return Stamps(1 / self.header_rate if self.header_rate else 0.04)
 
     def run(self) -> None:
-        for packet in packets_of(self.container, self.video, self.audio):
+        for packet in packets_of(self.container, *self.streams_read):
             kind = packet.stream.type
             if not packet.size and packet.dts is not None:
                 continue  # "the same as before", in Theora and in AVI; decoders take it for the end
@@ -195,15 +233,10 @@ class _Reading:
         if self.sounds is None:
             self.sounds = Sound(frame.sample_rate)
         rate = self.sounds.sample_rate
-        if frame.sample_rate != rate:
-            raise Refused(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
-        if frame.format.is_planar and frame.layout.nb_channels > _PLANES:
-            channels = frame.layout.nb_channels
-            raise Refused(f"its sound has {channels} channels, {_PLANES} at most can be read")
-        samples = samples_of(frame)
+        samples = samples_of(frame, rate)
         for start, end, skipped in self.stamps.sound(frame):
             self.ends["audio"] = float(np.fmax(self.ends["audio"], end))
-            if start > self.limit + _AHEAD:
+            if start > self.limit + AHEAD:
                 self.done["audio"] = True
                 continue
             part = samples
@@ -220,8 +253,9 @@ class _Reading:
     def check(self, path: Path) -> None:
         """Refuses what is not whole, or hardly anything of which could be decoded."""
         self.tally.check(stopped=self.done["video"])
-        for found, kind in ((self.times, "video"), (self.sounds and self.sounds.chunks, "audio")):
-            if not found:
+        found = {"video": self.times, "audio": self.sounds and self.sounds.chunks}
+        for kind in (stream.type for stream in self.streams_read):
+            if not found[kind]:
                 raise Refused(f"no {WORDS[kind]} (the stream is empty)")
         if all(self.done.values()):
             return
@@ -235,34 +269,32 @@ class _Reading:
             lost = pictures_begun(path, self.video.id) - self.tally.packets
             if lost > 0:
                 raise Refused(f"damaged: {lost} of its pictures have no beginning")
-        for stream, track in zip((self.video, self.audio), self.chosen.tracks or (None, None),
-                                 strict=True):  # fmt: skip
+        tracks = self.chosen.tracks or [None] * len(self.streams_read)
+        for stream, track in zip(self.streams_read, tracks, strict=True):
             if not self.done[stream.type]:
                 self._check_whole(stream, track)
         self._check_container()
 
     def _check_whole(self, stream, track: Track | None) -> None:
         """A truncated file decodes without complaint; only its header knows what is missing."""
-        if track is not None:
-            promised = track.end
-        elif stream.duration is not None:
-            promised = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
-        else:
-            return
-        self._check_end(self.ends[stream.type], promised, WORDS[stream.type])
+        promised = promised_end(stream) if track is None else track.end
+        if promised is not None:
+            self._check_end(self.ends[stream.type], promised, WORDS[stream.type])
 
     def _check_container(self) -> None:
         """Matroska has one length for all; what other streams there are may be the longest."""
         container = self.container
-        alone = len(container.streams) == 2
-        if container.duration is None or not alone or any(self.done.values()):
+        streams = self.streams_read
+        alone = len(container.streams) == len(streams)
+        if container.duration is None or not alone or any(self.done[s.type] for s in streams):
             return
         promised = container.duration / av.time_base  # from 0 on, not from the first picture
-        if self.video.duration is None and self.audio.duration is None:
-            self._check_end(max(self.ends.values()), promised, "pictures and sound")
+        if all(stream.duration is None for stream in streams):
+            what = " and ".join(WORDS[stream.type] for stream in streams)
+            self._check_end(max(self.ends.values()), promised, what)
 
     def _check_end(self, end: float, promised: float, what: str) -> None:
-        if end < promised - _TRUNCATED - self.stamps.frame_length:
+        if end < promised - TRUNCATED - self.stamps.frame_length:
             raise Refused(f"truncated: {what} end at {end:.2f} s of {promised:.2f} s")
 
     def streams(self) -> Streams:
@@ -273,15 +305,15 @@ class _Reading:
         if fps != self.header_rate:  # then the last picture's length is not known, either
             end = max(end, self.times[-1] + 1 / fps)
         seconds = end - origin
-        try:
-            sound = self.sounds.joined(origin, min(seconds, self.seconds))
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        if self.suspect and (self.sounds.gaps or np.diff(self.times).max() > 1.5 / fps):
+        sound, gaps = None, 0
+        if self.sounds is not None:
+            sound = joined_sound(self.sounds, origin, min(seconds, self.seconds))
+            gaps = self.sounds.gaps
+        if self.suspect and (gaps or np.diff(self.times).max() > 1.5 / fps):
             raise Refused("damaged: some of its packets are missing")
         return Streams(
             fps=fps,
-            sample_rate=self.sounds.sample_rate,
+            sample_rate=0 if self.sounds is None else self.sounds.sample_rate,
             picture_times=[start - origin for start in self.times],
             pictures=self.pictures,
             sound=sound,
@@ -295,6 +327,7 @@ class _Reading:
         if steps.min() < 0:
             raise Refused("the timestamps of its pictures jump")
         for index in np.nonzero(steps > _HOLE)[0]:
-            covered = self.sounds.covered(times[index], times[index + 1])
+            heard = self.sounds
+            covered = heard.covered(times[index], times[index + 1]) if heard else 0.0
             if covered < _COVERED * steps[index]:
                 raise Refused("the timestamps of its pictures jump")

@@ -3,7 +3,8 @@
 A cache is a folder with one safetensors file per clip under `latents/` and an `index.json` that
 lists them together with the identity of the model that encoded them. Each file carries its own
 record (source, caption, flags) in its header, so the files alone say what is done: the index is
-derived from them and may be rebuilt at any time, by any process.
+derived from them and may be rebuilt at any time, by any process. A cache of several clip formats
+also says of each clip which bucket it is in.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,7 +26,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from syncdpo.data.captions import caption_of
+from syncdpo.data.buckets import (
+    Bucket,
+    check_buckets,
+    formats_of,
+    mixed_identity,
+    read_into,
+    take_format,
+)
+from syncdpo.data.captions import caption_of, with_trigger
 from syncdpo.data.clips import Clip, ClipError, find_clips, read_clip
 from syncdpo.data.files import (
     canonical_json,
@@ -41,6 +51,7 @@ from syncdpo.data.winners import winner_flags
 FORMAT = 1
 INDEX = "index.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+OWN = ("trigger",)  # of a cache's identity: what is no model's, so that no model need ask for it
 
 
 @dataclass
@@ -48,7 +59,7 @@ class PrepareSummary:
     """What one process did: clips made, kept from before, and left out, with reasons.
 
     noted: what the reader had to choose in clips that were made. no_captions: there were none to
-    look into.
+    look into. buckets: how many clips are in each, where there are several.
     """
 
     made: int = 0
@@ -59,6 +70,7 @@ class PrepareSummary:
     without_caption: list[Path] = field(default_factory=list)
     empty_caption: list[Path] = field(default_factory=list)
     no_captions: bool = False
+    buckets: Counter[Bucket] = field(default_factory=Counter)
 
     @property
     def usable(self) -> int:
@@ -66,6 +78,7 @@ class PrepareSummary:
 
     def __str__(self) -> str:
         lines = [f"{self.usable} clips in the cache ({self.made} made, {self.kept} kept)"]
+        lines += [f"  {count} in {bucket}" for bucket, count in sorted(self.buckets.items())]
         named = (("skipped", self.skipped), ("flagged", self.flagged), ("noted", self.noted))
         for title, rows in named:
             if rows:
@@ -89,11 +102,12 @@ class _Item:
     source: str
     caption: str | None
     target: Path
+    sound: Path | None = None
 
     def record(self, identity: str) -> dict:
         """What a finished file says about its origin; a file that says otherwise is stale."""
         stat = self.path.stat()
-        return {
+        record = {
             "format": FORMAT,
             "identity": identity,
             "source": self.source,
@@ -101,6 +115,10 @@ class _Item:
             "bytes": stat.st_size,
             "modified_ns": stat.st_mtime_ns,
         }
+        if self.sound is not None:
+            stat = self.sound.stat()
+            record["sound"] = [readable(self.sound.name), stat.st_size, stat.st_mtime_ns]
+        return record
 
 
 def prepare(
@@ -109,6 +127,9 @@ def prepare(
     out: str | Path,
     *,
     captions: Mapping[str, str] | None = None,
+    sounds: Mapping[str, Path] | None = None,
+    trigger: str | None = None,
+    buckets: Sequence[Bucket] = (),
     strict: bool = False,
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
@@ -117,24 +138,32 @@ def prepare(
 
     clips: a folder, or files; a clip is known by its path relative to their common folder.
     captions: {relative path: caption} (see `read_captions`); None where the model needs none.
+    sounds: {relative path: file} of clips whose sound is in another file (see `read_clip`).
+    trigger: a word put before every caption.
+    buckets: clip formats instead of the model's own; each clip goes into the one that fits it best
+        (see `syncdpo.data.buckets`), and is skipped where all are longer than it.
     strict: leaves out clips that `winner_flags` finds fault with; else they are only reported.
     shard: (rank, world): this process takes every world-th clip; all name the same `out`.
 
     A file appears under its name only when it is whole, and what is there and whole is not done
     again: a run that was killed at any point is resumed by the same call, and ends with the same
     bytes. Unusable clips are skipped with their reason. Raises ValueError where `out` belongs to
-    another model or has a name that is not UTF-8, or no clip can be used, OSError (ENOSPC) where
-    the disk is full.
+    another model, other buckets or another trigger, or has a name that is not UTF-8, a bucket is
+    none of the model's, or no clip can be used, OSError (ENOSPC) where the disk is full.
     """
     rank, world = _check_shard(shard)
     out = Path(out)
     if bytes(out) != str(out).encode("utf-8", "replace"):  # safetensors finds no file there
         raise ValueError(f"out: expected a folder with a name in UTF-8, got {readable(out)}")
-    identity = model.identity()
-    items, left = _list_items(clips, captions, out)
+    formats, identity = _formats(model, buckets)
+    if trigger is not None:
+        identity |= {"trigger": trigger}
+    items, left = _list_items(clips, captions, sounds or {}, out)
     _claim(out, identity)
 
     summary = PrepareSummary(skipped=left if rank == 0 else [], no_captions=captions is None)
+    if len(formats) > 1:
+        summary.buckets |= Counter(dict.fromkeys(formats, 0))
     mine = items[rank::world]
     if captions is not None:
         summary.without_caption = [item.path for item in mine if item.caption is None]
@@ -148,9 +177,8 @@ def prepare(
             desc="prepare",
             unit="clip",
         ) as bar:
-            decode = partial(_decode, clip_format=model.clip_format)
             # While the model encodes, a thread decodes the next ones.
-            decoded = futures(decode, [item.path for item in pending], threads=1, ahead=2)
+            decoded = futures(partial(_decode_into, formats), pending, threads=1, ahead=2)
             for item, clip in zip(pending, decoded, strict=True):
                 _encode(model, item, clip, identity, strict, summary)
                 bar.update()
@@ -173,10 +201,11 @@ class LatentDataset(Dataset):
     """The cache `folder` as a dataset: item i is {name: tensor} as `model.encode` returned it.
 
     Clips are ordered by their source's name, whoever prepared them and in whichever order.
-    `identity`: `model.identity()`; a cache of another VAE, text encoder or clip format raises
-    ValueError naming what differs, and one with files that are missing, damaged or of another
-    model names them: headers are read at once. Tensors are read from safetensors; nothing is
-    unpickled.
+    `buckets` has the bucket of each, None where the cache has one clip format.
+    `identity`: `model.identity()`, or `mixed_identity(model, buckets)`; a cache of another VAE,
+    text encoder or clip format raises ValueError naming what differs, and one with files that are
+    missing, damaged or of another model names them: headers are read at once. Tensors are read
+    from safetensors; nothing is unpickled.
     """
 
     def __init__(self, folder: str | Path, identity: dict | None = None):
@@ -188,9 +217,13 @@ class LatentDataset(Dataset):
                 "make one with `syncdpo prepare`"
             )
         if identity is not None:
-            _check_identity(self.folder, index["identity"], identity)
+            own = {name: index["identity"][name] for name in OWN if name in index["identity"]}
+            _check_identity(self.folder, index["identity"], identity | own)
         self.identity: dict = index["identity"]
         self.clips: list[dict] = index["clips"]
+        self.buckets = [
+            Bucket(*clip["bucket"]) if "bucket" in clip else None for clip in self.clips
+        ]
         if not self.clips:
             raise ValueError(
                 f"folder: {self.folder} lists no clips; `syncdpo prepare` has not finished there"
@@ -234,11 +267,15 @@ def _keep(item: _Item, identity: dict, strict: bool, summary: PrepareSummary) ->
     found = _stored_record(item.target)
     if found is None or not item.path.is_file():
         return False
-    flags = found.pop("flags")
+    if item.sound is not None and not item.sound.is_file():
+        return False
+    flags, bucket = found.pop("flags"), found.pop("bucket", None)
     if found != item.record(digest(identity)):
         return False
     if not _report(item, flags, strict, summary):
         summary.kept += 1
+        if bucket is not None:
+            summary.buckets[Bucket(*bucket)] += 1
     return True
 
 
@@ -246,8 +283,8 @@ def _encode(
     model, item: _Item, clip: Future, identity: dict, strict: bool, summary: PrepareSummary
 ) -> None:
     try:
-        decoded: Clip = clip.result()
-        flags = winner_flags(decoded, item.path)
+        bucket, decoded = clip.result()
+        flags = winner_flags(decoded, item.path, item.sound)
     except ClipError as error:
         summary.skipped.append((item.path, error.reason))
         return
@@ -256,13 +293,17 @@ def _encode(
         return
     if _report(item, flags, strict, summary):
         return
-    tensors = model.encode(decoded, item.caption or "")
+    take_format(model, bucket)
+    tensors = model.encode(decoded, with_trigger(identity.get("trigger"), item.caption or ""))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         summary.skipped.append((item.path, f"its {', '.join(broken)} came out NaN or infinite"))
         return
     record = item.record(digest(identity)) | {"flags": flags}
+    if bucket is not None:
+        record["bucket"] = list(bucket)
+        summary.buckets[bucket] += 1
     # One metadata key only: the header's order, so the file's bytes, never depend on hashing.
     write_atomic(item.target, save(tensors, metadata={"syncdpo": canonical_json(record)}))
     summary.noted += [(item.path, note) for note in decoded.notes]
@@ -276,7 +317,28 @@ def _report(item: _Item, flags: list[str], strict: bool, summary: PrepareSummary
     return bool(flags) and strict
 
 
-def _decode(path: Path, clip_format) -> Clip:
+def _formats(model, buckets: Sequence[Bucket]) -> tuple[dict, dict]:
+    """What is wanted of a clip in each bucket, and the identity of such a cache.
+
+    One bucket is nothing but the model's clip format, and stands under None.
+    """
+    if buckets:
+        check_buckets(model, buckets)
+    if len(buckets) > 1:
+        return formats_of(model, buckets), mixed_identity(model, buckets)
+    for bucket in buckets:
+        take_format(model, bucket)
+    return {None: model.clip_format}, model.identity()
+
+
+def _decode_into(formats: dict, item: _Item) -> tuple[Bucket | None, Clip]:
+    read = partial(_decode, sound=item.sound)
+    if None in formats:
+        return None, read(item.path, formats[None])
+    return read_into(item.path, formats, read)
+
+
+def _decode(path: Path, clip_format, sound: Path | None = None) -> Clip:
     return read_clip(
         path,
         seconds=clip_format.seconds,
@@ -285,6 +347,7 @@ def _decode(path: Path, clip_format) -> Clip:
         sample_rate=clip_format.sample_rate,
         channels=clip_format.channels,
         require_sound=True,
+        sound=sound,
     )
 
 
@@ -292,7 +355,7 @@ def _decode(path: Path, clip_format) -> Clip:
 
 
 def _list_items(
-    clips, captions: Mapping[str, str] | None, out: Path
+    clips, captions: Mapping[str, str] | None, sounds: Mapping[str, Path], out: Path
 ) -> tuple[list[_Item], list[tuple[Path, str]]]:
     """The clips, and what cannot be read, with reasons."""
     left = []
@@ -310,8 +373,9 @@ def _list_items(
     for path in paths:
         source = path.relative_to(root).as_posix()
         caption = caption_of(source, captions) if captions is not None else None
+        sound = sounds.get(source)
         source = readable(source)  # a name that is not UTF-8 stands in no index
-        items.append(_Item(path, source, caption, out / "latents" / _file_name(source)))
+        items.append(_Item(path, source, caption, out / "latents" / _file_name(source), sound))
     return sorted(items, key=lambda item: item.source), left
 
 
@@ -344,8 +408,9 @@ def _write_index(out: Path, identity: dict, items: list[_Item], strict: bool) ->
     ours, written = digest(identity), None
     while True:
         records = [_stored_record(item.target) for item in items]
+        shown = ("source", "caption", "flags", "bucket", "sound")
         listed = [
-            {"file": item.target.name, **{key: r[key] for key in ("source", "caption", "flags")}}
+            {"file": item.target.name, **{key: r[key] for key in shown if key in r}}
             for item, r in zip(items, records, strict=True)
             if r is not None and r["identity"] == ours and not (strict and r["flags"])
         ]
@@ -381,7 +446,8 @@ def _check_identity(folder: Path, cached: dict, model: dict) -> None:
     ]
     if different:
         raise ValueError(
-            f"{folder} was prepared with another model: {'; '.join(different)}. "
+            f"{folder} was prepared with another model or other settings: "
+            f"{'; '.join(different)}. "
             "Prepare the clips into another folder."
         )
 

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from syncdpo.data.container import Refused
+
+_PLANES = 8  # of sound; PyAV reads beyond the frame for more
 _STEP = 0.0022  # s; containers round timestamps by up to 1 ms, a lost packet is 2.5 ms at least
 _NOISY_STEP = 0.005  # s; the same where stamps scatter
 _NOISY = 0.001  # s; stamps that scatter by more than rounding explains
@@ -95,7 +98,17 @@ class Sound:
         return torch.cat(parts, 1)
 
 
-def samples_of(frame) -> Tensor:
+def samples_of(frame, rate: int) -> Tensor:
+    """Its samples [C,N]; refused where it is of another rate, or of too many channels."""
+    if frame.sample_rate != rate:
+        raise Refused(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
+    if frame.format.is_planar and frame.layout.nb_channels > _PLANES:
+        channels = frame.layout.nb_channels
+        raise Refused(f"its sound has {channels} channels, {_PLANES} at most can be read")
+    return _as_float(frame)
+
+
+def _as_float(frame) -> Tensor:
     """Decoded sound, packed or planar, integer or float, as float32 [C,N]."""
     x = torch.from_numpy(frame.to_ndarray())
     if not frame.format.is_planar:

@@ -44,9 +44,9 @@ class Stamps:
 class Edited(Stamps):
     """By the edit lists of an MP4; the demuxer gives media time, shifted where it goes below 0."""
 
-    def __init__(self, tracks: tuple[Track, Track]):
+    def __init__(self, tracks: tuple[Track, ...]):
         super().__init__(0.0)
-        self.video, self.audio = tracks
+        self.video, self.audio = tracks[0], tracks[-1]
         self.shift: dict[int, float] = {}
 
     def packet(self, packet) -> None:

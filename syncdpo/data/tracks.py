@@ -17,22 +17,27 @@ _NOT_FILM = Disposition.attached_pic | Disposition.timed_thumbnails | Dispositio
 @dataclass(frozen=True)
 class Chosen:
     """Indices of both streams; tracks: their edit lists, where FFmpeg would not be exact;
-    late: see `late_pictures`."""
+    late: see `late_pictures`. audio: None where there is no sound, and none is needed."""
 
     video: int
-    audio: int
-    tracks: tuple[Track, Track] | None
+    audio: int | None
+    tracks: tuple[Track, ...] | None
     late: tuple[float, float]
     notes: tuple[str, ...]
 
 
-def choose(path: Path) -> Chosen:
-    """The default or first stream of either kind that moves or sounds; Refused where one lacks."""
+def choose(path: Path, needs_sound: bool = True) -> Chosen:
+    """The default or first stream of either kind that moves or sounds; Refused where one lacks.
+
+    needs_sound: False takes a file without any stream of sound, too.
+    """
     with open_file(path, {}) as container:
         has = container.streams
         films = _usable(has.video, "pictures")
         if len(films) > 1:
             films = _moving(container, films) or films
+        if not needs_sound and not has.audio:
+            return _choose_silent(path, container, films)
         sounds = _usable(has.audio, "sound")
         video, audio = min(films, key=_preference), min(sounds, key=_preference)
         notes = [*_note(video, films, "video"), *_note(audio, sounds, "sound")]
@@ -43,6 +48,18 @@ def choose(path: Path) -> Chosen:
         if container.format.name == "avi":
             late = late_pictures(container, video, audio)
         return Chosen(video.index, audio.index, tracks, late, tuple(notes))
+
+
+def choose_sound(container):
+    """The default or first stream of sound; Refused where there is none."""
+    return min(_usable(container.streams.audio, "sound"), key=_preference)
+
+
+def _choose_silent(path: Path, container, films: list) -> Chosen:
+    video = min(films, key=_preference)
+    is_mov = container.format.name.startswith("mov")
+    tracks = _odd_edits(path, video) if is_mov else None
+    return Chosen(video.index, None, tracks, (0.0, 0.0), tuple(_note(video, films, "video")))
 
 
 def _usable(streams, kind: str) -> list:
@@ -73,15 +90,16 @@ def _moving(container, films: list) -> list:
     return [film for film in films if packets[film.index] > 1]
 
 
-def _odd_edits(path: Path, video, audio) -> tuple[Track, Track] | None:
+def _odd_edits(path: Path, video, *audio) -> tuple[Track, ...] | None:
+    """The edit lists of the pictures and of the sound, if any, where one is not a plain one."""
     try:
         tracks = read_tracks(path)
     except DamagedTables as error:
         raise Refused(str(error)) from error
-    if video.id not in tracks or audio.id not in tracks:
+    if any(stream.id not in tracks for stream in (video, *audio)):
         return None
-    pair = tracks[video.id], tracks[audio.id]
-    for track, kind in zip(pair, ("pictures", "sound"), strict=True):
+    pair = tuple(tracks[stream.id] for stream in (video, *audio))
+    for track, kind in zip(pair, ("pictures", "sound"), strict=False):
         if track.speed:
             raise Refused(f"an edit of its {kind} plays at another speed, which is not supported")
         if abs(track.promised - track.summed) > _LENGTHS:
@@ -91,5 +109,5 @@ def _odd_edits(path: Path, video, audio) -> tuple[Track, Track] | None:
             raise Refused(f"damaged: its edit list shows more of its {kind} than there is")
     if not all(track.in_order() for track in pair):
         raise Refused("its edit list shows parts again or out of order, which is not supported")
-    plain = pair[0].is_plain(pictures=True) and pair[1].is_plain(pictures=False)
+    plain = all(track.is_plain(pictures=track is pair[0]) for track in pair)
     return None if plain else pair

@@ -21,8 +21,11 @@ DOMINANCE = 1.5  # how much better than in time a lag must fit
 FRAME_RATES = (24000 / 1001, 24, 25, 30000 / 1001, 30, 48, 50, 60000 / 1001, 60)
 
 
-def winner_flags(clip: Clip, path: str | Path) -> list[str]:
-    """What speaks against `clip`, read from `path`, as a winner: one phrase each, often none."""
+def winner_flags(clip: Clip, path: str | Path, sound: str | Path | None = None) -> list[str]:
+    """What speaks against `clip`, read from `path`, as a winner: one phrase each, often none.
+
+    sound: the file that its sound was read from, if that is another one.
+    """
     flags = []
     lag = sound_lag(
         picture_events(clip.video, clip.fps), sound_events(clip.audio, clip.sample_rate)
@@ -32,7 +35,7 @@ def winner_flags(clip: Clip, path: str | Path) -> list[str]:
     cuts = find_cuts(clip.video)
     if cuts:
         flags.append("cut at " + ", ".join(f"{frame / clip.fps:.2f} s" for frame in cuts))
-    rate = mistaken_rate(*_stream_lengths(path))
+    rate = mistaken_rate(*_stream_lengths(path, sound))
     if rate is not None:
         flags.append(f"its pictures and sound differ in length as if made at {rate:.5g} fps")
     return flags
@@ -88,9 +91,17 @@ def mistaken_rate(fps: float, pictures: float, sound: float) -> float | None:
     return min(fitting, key=lambda rate: abs(rate / fps - pictures / sound), default=None)
 
 
-def _stream_lengths(path: str | Path) -> tuple[float, float, float]:
-    """(frames per second, seconds of pictures, seconds of sound), as the file's header says."""
+def _stream_lengths(path: str | Path, sound: str | Path | None) -> tuple[float, float, float]:
+    """(frames per second, seconds of pictures, seconds of sound), as the headers say."""
     with av.open(f"file:{path}", metadata_errors="ignore") as container:
-        video, audio = container.streams.video[0], container.streams.audio[0]
-        lengths = [float((s.duration or 0) * s.time_base) for s in (video, audio)]
-        return float(video.average_rate or video.guessed_rate), *lengths
+        video = container.streams.video[0]
+        rate = float(video.average_rate or video.guessed_rate)
+        pictures = _seconds(video)
+        if sound is None:
+            return rate, pictures, _seconds(container.streams.audio[0])
+    with av.open(f"file:{sound}", metadata_errors="ignore") as container:
+        return rate, pictures, _seconds(container.streams.audio[0])
+
+
+def _seconds(stream) -> float:
+    return float((stream.duration or 0) * stream.time_base)

@@ -94,7 +94,10 @@ class LTX2:
     # --- formats ----------------------------------------------------------------------------------
 
     def set_format(self, frames: int, height: int, width: int, fps: float) -> None:
-        """The clips to work on: pictures, pixels and pictures per second."""
+        """The clips to work on: pictures, pixels and pictures per second.
+
+        May be called at any time, as before a batch of another format: nothing is loaded or moved.
+        """
         stride, down, across = self.config["vae_scale_factors"]
         first = self.config["causal_offset"]
         if frames < first or (frames - first) % stride:

@@ -18,7 +18,14 @@ LTX2_OPTIONS = ("text_encoder", "video_vae", "audio_vae", "shift_bound", "allow_
 
 
 class Model(Protocol):
-    """A joint video-audio flow-matching generator: x_σ = (1−σ)·x + σ·ε, v = sign·(ε − x)."""
+    """A joint video-audio flow-matching generator: x_σ = (1−σ)·x + σ·ε, v = sign·(ε − x).
+
+    A model of several clip formats also has `set_format(frames, height, width, fps)`, the fields of
+    `syncdpo.data.buckets.Bucket`: it changes `clip_format` and `timelines`, and with them what
+    `encode`, `draw_sigma` and `velocity` take and give. Training calls it before every batch of a
+    cache that holds more than one. Such a model may also have `check_latents(sample)`, which
+    raises ValueError where a cached sample does not fit its weights and its format.
+    """
 
     transformer: nn.Module
     clip_format: ClipFormat

@@ -91,21 +91,38 @@ def probe(
     **options,
 ) -> None:
     """Can losers be told by their sound alone? Near 50 %: the rule teaches time, no artefact."""
-    import torch
-
-    from syncdpo.data.latents import LatentDataset
-    from syncdpo.negatives.probe import RULES, probe_all, table
+    from syncdpo.data.buckets import take_format
+    from syncdpo.data.precomputed import open_latents
+    from syncdpo.negatives.probe import FEWEST, RULES, probe_all, table
 
     loaded = load(model, **options)
-    latents = LatentDataset(data, loaded.identity())
-    audio = torch.stack([sample["audio"] for sample in latents])
-    video_timeline, audio_timeline = loaded.timelines
-    findings = probe_all(
-        audio,
-        video_timeline=video_timeline,
-        audio_timeline=audio_timeline,
-        rules=rule or RULES,
-        steps=steps,
-        seed=seed,
-    )
-    typer.echo(table(findings))
+    sounds = sounds_by_bucket(open_latents(data, loaded))
+    most = max(map(len, sounds.values()))
+    for bucket, audio in sounds.items():
+        few = len(audio) < min(FEWEST, most)  # where all are too few, `probe_all` says so
+        if bucket is not None:
+            why = f" not listened to, too few ({FEWEST} at least)" if few else ""
+            typer.echo(f"{len(audio)} clips of {bucket} at {bucket.fps:g} fps:{why}")
+        if few:
+            continue
+        take_format(loaded, bucket)
+        video_timeline, audio_timeline = loaded.timelines
+        findings = probe_all(
+            audio,
+            video_timeline=video_timeline,
+            audio_timeline=audio_timeline,
+            rules=rule or RULES,
+            steps=steps,
+            seed=seed,
+        )
+        typer.echo(table(findings))
+
+
+def sounds_by_bucket(latents) -> dict:
+    """The sounds of all clips, [N,L,C] for each clip format."""
+    import torch
+
+    sounds: dict = {}
+    for bucket, sample in zip(latents.buckets, latents, strict=True):
+        sounds.setdefault(bucket, []).append(sample["audio"])
+    return {bucket: torch.stack(found) for bucket, found in sounds.items()}

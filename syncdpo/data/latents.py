@@ -234,14 +234,16 @@ class LatentDataset(Dataset):
         return len(self.clips)
 
     def _check_files(self) -> None:
-        """Whether each file is as long as its header says, and of this cache's model."""
+        """Whether each file is as long as its header says, of this cache's model and its bucket."""
         ours = digest(self.identity)
         names = [clip["file"] for clip in self.clips]
         records = (_stored_record(self.folder / "latents" / name) for name in names)
         broken = [
-            name
-            for name, record in zip(names, records, strict=True)
-            if record is None or record["identity"] != ours
+            clip["file"]
+            for clip, record in zip(self.clips, records, strict=True)
+            if record is None
+            or record["identity"] != ours
+            or record.get("bucket") != clip.get("bucket")
         ]
         if broken:
             raise ValueError(

@@ -22,6 +22,7 @@ from syncdpo.negatives.timeline import Timeline
 WIDTH = 24
 BATCH = 64
 HELD_OUT = 0.3
+FEWEST = 8  # clips
 
 
 class Listener(nn.Module):
@@ -72,8 +73,8 @@ def probe(
     Raises:
         ValueError: fewer than 8 clips.
     """
-    if audio.shape[0] < 8:
-        raise ValueError(f"audio: expected at least 8 clips, got {audio.shape[0]}")
+    if audio.shape[0] < FEWEST:
+        raise ValueError(f"audio: expected at least {FEWEST} clips, got {audio.shape[0]}")
     name = rule if isinstance(rule, str) else repr(rule)
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,9 @@ from syncdpo.data.stamps import Stamps
 from syncdpo.data.tracks import choose_sound
 from syncdpo.data.wholeness import fault
 
+# Sound without a container: how long it is, FFmpeg guesses from the bit rate.
+_GUESSED_LENGTHS = {"aac", "ac3", "eac3", "mp3"}
+
 
 def decode_sound(path: Path, seconds: float) -> tuple[Tensor, int]:
     """([C,N], sample rate): `seconds` of a file's sound from its first sample on, or all of it.
@@ -53,6 +56,6 @@ def _check_whole(path: Path, container, stream, end: float) -> None:
     reason = fault(path, container.format.name)
     if reason is not None:
         raise Refused(reason)
-    promised = promised_end(stream)
+    promised = None if container.format.name in _GUESSED_LENGTHS else promised_end(stream)
     if promised is not None and end < promised - TRUNCATED:
         raise Refused(f"truncated: its sound ends at {end:.2f} s of {promised:.2f} s")

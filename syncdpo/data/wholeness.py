@@ -22,7 +22,8 @@ _TS_SYNC = 0x47
 
 def fault(path: Path, format_name: str) -> str | None:
     """What keeps the file from being whole; None where nothing does or the format does not tell."""
-    families = {"matroska": _matroska, "avi": _avi, "flv": _flv, "mpegts": _mpegts, "mov": _mov}
+    families = {"matroska": _matroska, "avi": _avi, "flv": _flv, "mpegts": _mpegts, "mov": _mov,
+                "wav": _wav}  # fmt: skip
     walk = families.get(format_name.split(",")[0])
     if walk is None:
         return None
@@ -103,6 +104,13 @@ def _avi(file: BinaryIO, size: int) -> str | None:
             return None
         at += 8 + int.from_bytes(header[4:], "little")
     return _ends_in("a list") if at > size + 1 else None  # an odd length is padded, or not
+
+
+def _wav(file: BinaryIO, size: int) -> str | None:
+    """One list in RIFF; of a recording that was piped its length is not known."""
+    file.seek(4)
+    unknown = file.read(4) in (bytes(4), b"\xff" * 4)
+    return None if unknown else _avi(file, size)
 
 
 def _flv(file: BinaryIO, size: int) -> str | None:

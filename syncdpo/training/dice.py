@@ -7,6 +7,8 @@ Where the clips are of several formats, each format has steps, epochs and clips 
 as if there were no other, and those numbers are meant: noise levels, noise and distortions of a
 clip are what they would be in a run on its format alone. What other formats there are decides only
 which step of the run is which format's, and so at which difficulty and learning rate a clip comes.
+The same steps and draws of two formats therefore share their random numbers, as those of two runs
+do.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from syncdpo.data.captions import read_captions
 from syncdpo.data.clips import Clip, ClipError, ClipFormat, read_clip, write_clip
 from syncdpo.data.decoding import shown_size
 from syncdpo.data.latents import LatentDataset, prepare
+from syncdpo.data.sound_file import decode_sound
 
 FPS, RATE = 24.0, 16_000
 LONG, SHORT, TALL = (Bucket(*size, FPS) for size in ((41, 32, 64), (17, 32, 64), (41, 64, 32)))
@@ -257,6 +258,33 @@ def test_both_begin_at_once(rate, clips, tmp_path):
     assert clip.notes == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [
+        ("a.mp3", "libmp3lame", 44_100),
+        ("a.m4a", "aac", 48_000),
+        ("a.flac", "flac", 44_100),
+        ("a.opus", "libopus", 48_000),
+        ("a.webm", "libopus", 48_000),
+    ],
+)
+def test_whatever_holds_the_sound_its_first_sample_is_at_0(name, codec, rate, tmp_path):
+    sound = click_and_flash(1.25, rate=rate).audio.numpy()
+    with av.open(str(tmp_path / name), "w") as out:
+        stream = out.add_stream(codec, rate=rate, layout="mono")
+        resampler = av.AudioResampler(
+            stream.format.name, "mono", rate, frame_size=stream.codec_context.frame_size or 1024
+        )
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = rate, 0
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            out.mux(stream.encode(part))
+        out.mux(stream.encode(None))
+    audio, found = decode_sound(tmp_path / name, 1.5)
+    assert (found, audio.shape) == (rate, (1, round(1.5 * rate)))
+    assert loudest(audio, rate) == pytest.approx(1.25, abs=0.001)
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi"])
 def test_a_film_without_sound_takes_that_of_another(suffix, clips, tmp_path):
     silent = tmp_path / f"silent.{suffix}"
@@ -294,6 +322,12 @@ def test_what_is_wrong_with_the_sound_is_said(clips, tmp_path):
     whole = (tmp_path / "cut.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     assert reason("cut.mp4").startswith("its sound cut.mp4: ")
+    write_wave(tmp_path / "half.wav", 0.5)
+    whole = (tmp_path / "half.wav").read_bytes()
+    (tmp_path / "half.wav").write_bytes(whole[: len(whole) // 2])
+    assert reason("half.wav").startswith("its sound half.wav: truncated")
+    (tmp_path / "piped.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])
+    read_clip(clips / "a.mp4", sound=tmp_path / "piped.wav")
     write_wave(tmp_path / "brief.wav", 0.5, seconds=1.0)
     clip = read_clip(clips / "a.mp4", sound=tmp_path / "brief.wav")
     assert clip.notes == ("its sound brief.wav ends at 1.00 s of 2.00 s, silence follows",)
@@ -333,6 +367,28 @@ def test_the_table_names_the_sound(clips, tmp_path):
     assert (summary.made, summary.kept) == (1, len(data) - 1)
     (folder / "sounds" / "x.wav").unlink()
     assert "a.mp4" in {path.name for path, _ in make().skipped}
+
+
+def test_from_the_command_line(clips, tmp_path):
+    """The embedded model: one format, so one clip of it; trigger and sound are on record."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    shutil.copy(clips / "a.mp4", folder)
+    write_wave(folder / "x.wav", 1.0)
+    table(folder, [("a.mp4", "rain", "x.wav")])
+
+    def invoke(*words):
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    cache = tmp_path / "cache"
+    words = ("prepare", folder, "--captions", folder / "clips.csv", "--output", cache)
+    assert invoke(*words, "--trigger", "SYNC").exit_code == 0
+    data = LatentDataset(cache)
+    assert data.identity["trigger"] == "SYNC"
+    assert (data.clips[0]["caption"], data.clips[0]["sound"][0]) == ("rain", "x.wav")
+    assert "trigger is SYNC in the cache, none here" in str(invoke(*words).exception)
+    run = ("train", "--data", cache, "--output", tmp_path / "run", "--steps", 1, "--batch-size", 1)
+    assert invoke(*run).exit_code == 0
 
 
 def test_a_clip_without_an_own_sound_is_judged_by_the_one_it_got(tmp_path):

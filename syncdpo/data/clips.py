@@ -187,7 +187,8 @@ def _take_sound(streams: Streams, path: Path, sound: Path, length: float) -> Non
     """Another file's sound in the place of its own; what is wrong with that is the clip's fault."""
     name = readable(sound.name)
     try:
-        streams.sound, streams.sample_rate = decode_sound(sound, length)
+        # A picture more: what an edit has cut short of the first is left out, sound and all.
+        streams.sound, streams.sample_rate = decode_sound(sound, length + 1 / streams.fps)
     except ClipError as error:
         where = readable(sound) if error.reason == "no such file" else name
         raise ClipError(path, f"its sound {where}: {error.reason}") from error

@@ -219,14 +219,22 @@ def test_draws_are_those_of_a_run_on_the_format_alone(draws, kind, ltx2):
     assert compared > 5
 
 
+def sigma_of(model, *buckets):
+    """[buckets, streams, clips], from the same random numbers for each."""
+    clips = [bucket for bucket in buckets for _ in range(64)]
+    dice = dice_of(settings(draws=1), clips, model)
+    return [dice.draw(0, dice.order.groups[bucket]).sigma for bucket in buckets]
+
+
 def test_sigma_is_shifted_by_the_tokens_of_the_batch(ltx2):
-    """Four thousand against three: higher noise, from the same random numbers; but for the tenth
-    that is uniform whatever the shift."""
+    """Four thousand against three, 126 of sound against 18: higher noise, but for the tenth that is
+    uniform whatever the shift. A bound below both leaves nothing to tell them by."""
     large, small = Bucket(121, 512, 512, 24.0), Bucket(17, 32, 32, 24.0)
-    dice = dice_of(settings(draws=1), [large] * 64 + [small] * 64, LTX2(ltx2))
-    high, low = (dice.draw(0, dice.order.groups[bucket]).sigma[0] for bucket in (large, small))
-    assert (high >= low).all()
-    assert 0.8 < (high > low).float().mean() < 1
+    for high, low in zip(*sigma_of(LTX2(ltx2), large, small), strict=True):
+        assert (high >= low).all()
+        assert 0.8 < (high > low).float().mean() < 1
+    for high, low in zip(*sigma_of(LTX2(ltx2, shift_bound=3), large, small), strict=True):
+        assert torch.equal(high, low)
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -367,6 +375,21 @@ def test_a_cache_of_several_formats_opens_for_its_model(ltx2, cache, tmp_path):
     (broken / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="8 of 10 files are missing, damaged or of another"):
         open_latents(broken, LTX2(ltx2))
+
+
+def test_buckets_and_parts_of_a_model_go_together(ltx2, tmp_path):
+    other = save_tiny_ltx2(tmp_path / "other", "2.3", seed=1, layers=1) / "vae"
+    for seed, seconds in enumerate((1.0, 2.0)):
+        write_clip(tmp_path / f"{seed}.mp4", render(seed, seconds=seconds).clip)
+    model, cache = ("--model", ltx2), tmp_path / "cache"
+    buckets = ("--bucket", "41x64x64", "--bucket", "17x32x64")
+    invoke("prepare", tmp_path, "--output", cache, *model, "--video-vae", other, *buckets)
+    run = ("train", *model, "--data", cache, "--output", tmp_path / "run", "--batch-size", 1)
+    run += ("--steps", 2, "--lora-rank", 2)
+    with pytest.raises(ValueError, match=r"vae is .* in the cache"):
+        open_latents(cache, LTX2(ltx2))
+    invoke(*run, "--video-vae", other)
+    assert len(read_log(tmp_path / "run")) == 2
 
 
 def test_the_probe_listens_to_every_format(ltx2, cache):

@@ -1,4 +1,4 @@
-"""A `.precomputed` folder of several sizes and rates trains whole: none is lost to the others."""
+"""A `.precomputed` folder of several sizes and rates trains whole: no clip is lost to others."""
 
 from collections import Counter
 

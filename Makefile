@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CLIPS ?=
 STAGES ?=
 
-.PHONY: help install demo tune rules base test lint bench sass gpu-check clean
+.PHONY: help install demo tune rules base test lint bench sass wheel gpu-check clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,10 @@ bench: $(READY)  ## Run the benchmarks
 
 sass: $(READY)  ## Compile all kernels without a GPU, read their machine code
 	$(BIN)/python benchmarks/sass.py
+
+wheel:  ## Build a wheel in dist/, try it in a bare environment, away from the checkout
+	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) tools/check_wheel.py dist
 
 gpu-check:  ## All that only a GPU can show, with the Python at hand; offline; STAGES=1,2,3
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { \

@@ -82,6 +82,7 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist):
         names = [name.split("/", 1)[1] for name in archive.getnames()]
     assert {"LICENSE", "pyproject.toml", "CMakeLists.txt", "cmake/ProbeCuda.cmake"} <= set(names)
     assert "syncdpo/models/tiny_base.safetensors" in names
+    assert {"CITATION.cff", "tools/check_wheel.py", ".github/workflows/tests.yml"} <= set(names)
     sources = ("csrc", "examples", "kernels", "syncdpo", "tests")
     for source in sources:
         suffixes = {".py", ".cpp", ".cu", ".h"}
@@ -95,7 +96,7 @@ def test_wheel_holds_the_package_and_the_kernels(built):
         names = set(archive.namelist())
     kernels = {f"syncdpo/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "syncdpo").rglob("*.py")}
-    assert kernels | package <= names
+    assert kernels | package | {"syncdpo/py.typed"} <= names
     assert not [name for name in names if name.endswith(".safetensors")]
     assert "syncdpo/kernels/__init__.py" not in names
     tops = {name.split("/")[0] for name in names}

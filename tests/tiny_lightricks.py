@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_ltx2 import AUDIO_CHANNELS, BINS, CHANNELS, HEADS, LAYERS, TEXT, WIDTH
 
-from syncdpo.models import ltx2_checkpoints
+from syncdpo.models import ltx2_checkpoints, ltx2_settings
 
 VIDEO, AUDIO = HEADS * WIDTH, HEADS * WIDTH // 2
 TRANSFORMER = {
@@ -199,7 +199,7 @@ def tensors(version: str, *parts: str, seed: int = 0) -> dict[str, torch.Tensor]
     for part in parts or PARTS:
         torch.manual_seed(seed)
         settings = _Header(CONFIGS[version])
-        config = ltx2_checkpoints.SETTINGS[part](settings)
+        config = ltx2_settings.SETTINGS[part](settings)
         if part == "connectors":
             config |= {"text_proj_in_factor": LAYERS + 1}
             if version != "2.0":
@@ -233,7 +233,7 @@ class _Header:
     def __init__(self, settings: dict):
         self.settings = settings
 
-    def _has_projection(self) -> bool:
+    def has_projection(self) -> bool:
         return False
 
     def shape(self, name: str) -> None:

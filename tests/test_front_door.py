@@ -50,6 +50,8 @@ def test_versions_agree():
     assert citation["version"] == version()
     assert f'license = "{citation["license"]}"' in read("pyproject.toml")
     assert f'Homepage = "{citation["repository-code"]}"' in read("pyproject.toml")
+    assert f"version = {{{version()}}}" in read("CITATION.bib")
+    assert f"url     = {{{citation['repository-code']}}}" in read("CITATION.bib")
     newest = re.search(r"^## (\S+) — (.+)$", read("CHANGELOG.md"), re.M)
     assert newest.group(1) == version()
 

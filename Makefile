@@ -19,7 +19,7 @@ install: $(READY)  ## Make .venv and install the package, editable, with all ext
 # An editable install knows the packages that there were when it was made.
 $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/* syncdpo/*/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,eval,dev,interop]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,eval,quant,dev,interop]'
 	touch $@
 
 demo: $(READY)  ## Train SFT and SyncDPO, measure, report; CLIPS=folder for your own clips

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from syncdpo.training.memory import forward_flop
+
 FPS, HEIGHT, WIDTH, TEXT_TOKENS = 24, 512, 768, 1024
 ASSUMED = 400e12  # operations per second: 40 % of what an H100's or H200's data sheet has, rounded
 SPARE_GB = 3  # left for CUDA and fragmentation
@@ -29,17 +31,6 @@ SAMPLES = {"sft": 1, "syncdpo": 2, "cache_reference": 2, "split_pair": 1}  # hel
 def tokens(pictures: int, height: int = HEIGHT, width: int = WIDTH) -> tuple[int, int]:
     """(S, L): tokens of the picture, 8×32×32 pixels each, and of the sound, 25 a second."""
     return ((pictures - 1) // 8 + 1) * (height // 32) * (width // 32), round(pictures / FPS * 25)
-
-
-def forward_flop(size: Size, video_tokens: int, audio_tokens: int) -> float:
-    """F = 2 N [14 D² S + 2 D² T + 14 A² L + 2 A² T + 4 D A′ S + 4 A A′ L
-    + 2 D S (S + T) + 2 A L (L + T) + 4 A′ S L], floating-point operations."""
-    d, a, c = size.video, size.audio, size.cross
-    s, sound, t = video_tokens, audio_tokens, size.text
-    linear = 14 * d * d * s + 2 * d * d * t + 14 * a * a * sound + 2 * a * a * t
-    linear += 4 * d * c * s + 4 * a * c * sound
-    attention = 2 * d * s * (s + t) + 2 * a * sound * (sound + t) + 4 * c * s * sound
-    return 2 * size.layers * (linear + attention)
 
 
 def step_flop(size: Size, mode: str, video_tokens: int, audio_tokens: int) -> float:

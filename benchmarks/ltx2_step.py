@@ -1,6 +1,7 @@
 """Time and memory of a training step of the full-size LTX-2 on one GPU, with random weights.
 
     python benchmarks/ltx2_step.py [--dry-run] [--seconds N] [--rules RULES] [--output FILE]
+        [--base-precision fp8|int8|nf4] [--optimizer adamw8bit] [--offload blocks]
 
 diffusers' transformer at the size of 2.3, made on the GPU in bf16, and the project's own training
 code: a LoRA of rank 32, gradient checkpointing, AdamW, one pair of clips of 768×512 at 24 fps per
@@ -56,6 +57,9 @@ try:
     )
     from ltx2_measuring import matrix_rate, measure, profile_step
     from ltx2_training import CONFIG, Bench, build
+
+    from syncdpo.models.quantised import PRECISIONS
+    from syncdpo.training.config import TrainConfig
 except ImportError as error:
     NEEDED = (
         "syncdpo", "torch", "accelerate", "av", "diffusers", "peft", "safetensors", "tensorboard",
@@ -109,7 +113,7 @@ def attempt(bench: Bench, mode: str, pictures: int, budget: Budget, memory_gb: f
         "mode": mode,
         "tokens": streams,
         "computed_seconds": step_seconds(bench.size, mode, *streams),
-        "computed_gb": step_gigabytes(bench.size, mode, *streams),
+        "computed_gb": bench.gigabytes(mode),
     }
     timed = budget.steps(bench, mode)
     if not timed:
@@ -189,6 +193,11 @@ def attempt_profile(bench: Bench, mode: str, budget: Budget) -> dict:
         return {"outcome": "failed", "why": f"{type(error).__name__}: {error}"}
 
 
+CHOICES = {
+    "base_precision": PRECISIONS,
+    "optimizer": ("adamw", "adamw8bit"),
+    "offload": ("none", "blocks"),
+}
 HEADINGS = """
 | clip | step | s | computed | ratio | GB | computed | ratio | reserved | TFLOP/s | of 989 | \
 of matmul | ours |
@@ -211,16 +220,21 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
-def asked() -> tuple[argparse.Namespace, torch.device, float]:
-    """The options, the device they mean and its free memory in GB; ends where those do not do."""
+def asked() -> tuple[argparse.Namespace, TrainConfig, torch.device, float]:
+    """The options, what they mean (run, device, free GB of it); ends where they do not do."""
     parser = argparse.ArgumentParser(description="Time and memory of a training step of LTX-2.")
     parser.add_argument("--dry-run", action="store_true", help="all of it on the CPU, and tiny")
     parser.add_argument("--seconds", type=float, default=120, help="for everything; default 120")
     parser.add_argument("--rules", default=CONFIG.rules, help=f"default {CONFIG.rules}")
+    for name, allowed in CHOICES.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", choices=allowed, default=getattr(CONFIG, name)
+        )
     parser.add_argument("--output", type=Path, help="a JSON file; default in benchmarks/results")
     arguments = parser.parse_args()
+    chosen = {name: getattr(arguments, name) for name in ("rules", *CHOICES)}
     try:
-        replace(CONFIG, rules=arguments.rules)
+        config = replace(CONFIG, **chosen)
     except ValueError as error:
         parser.error(str(error))
     dry = arguments.dry_run
@@ -229,17 +243,19 @@ def asked() -> tuple[argparse.Namespace, torch.device, float]:
     device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
     memory_gb = math.inf if dry else torch.cuda.mem_get_info()[0] / 1e9
     least = step_gigabytes(Size(), "sft", *tokens(121)) + SPARE_GB
-    if memory_gb < least:
+    as_documented = all(getattr(config, name) == getattr(CONFIG, name) for name in CHOICES)
+    if memory_gb < least and as_documented:
         parser.error(f"expected {least:.0f} GB of free GPU memory or more, got {memory_gb:.0f}")
-    return arguments, device, memory_gb
+    return arguments, config, device, memory_gb
 
 
 def main() -> int:
-    arguments, device, memory_gb = asked()
+    arguments, config, device, memory_gb = asked()
     dry = arguments.dry_run
     gpu, date = "cpu" if dry else torch.cuda.get_device_name(), datetime.date.today().isoformat()
     seconds = {"imports": time.perf_counter() - BEGUN}
-    results = {"gpu": gpu, "date": date, **versions(), "dry_run": dry, "rules": arguments.rules}
+    results = {"gpu": gpu, "date": date, **versions(), "dry_run": dry}
+    results |= {name: getattr(config, name) for name in ("rules", *CHOICES)}
     if not dry:
         results["free_memory_gb"] = memory_gb
     print(gpu, versions(), f"imports {seconds['imports']:.1f} s", flush=True)
@@ -255,7 +271,7 @@ def main() -> int:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(results, indent=1) + "\n")
 
-    bench, building = build(dry, device, arguments.rules)
+    bench, building = build(dry, device, config)
     results |= {"startup_seconds": seconds | building, "size": asdict(bench.size)}
     results |= {"measurements": [], "profiles": {}}
     failures = run(bench, Budget(BEGUN + arguments.seconds), memory_gb, results, save)

@@ -20,6 +20,9 @@ from syncdpo.negatives.curriculum import curriculum
 from syncdpo.train import Learner, mean_over_processes, policy_and_reference
 from syncdpo.training.config import TrainConfig
 from syncdpo.training.dice import Dice, Order
+from syncdpo.training.memory import needed_bytes, size_of
+from syncdpo.training.optimizers import make_optimizer
+from syncdpo.training.sharding import place_trained
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from tiny_ltx2 import VERSIONS
@@ -112,7 +115,7 @@ class Bench:
     policy: nn.Module
     optimizer: torch.optim.Optimizer
     size: Size  # of the model at hand, or docs/ltx2.md's
-    rules: str
+    config: TrainConfig
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +123,7 @@ class Bench:
 
     def learner(self, mode: str, clock: Clock) -> tuple[Learner, Dice, dict[str, Tensor]]:
         """As `train` makes them, for a run of one clip; with its reference's errors if asked."""
-        config = replace(CONFIG, rules=self.rules, **MODES[mode])
+        config = replace(self.config, **MODES[mode])
         order = Order(config, 1, self.accelerator)
         dice = Dice(config, self.model, curriculum(config.curriculum), order, self.device)
         learner = Learner(config, self.accelerator, self.model, self.policy, None, False)
@@ -129,6 +132,12 @@ class Bench:
             with clock.stretch("reference"):
                 learner.cache_reference([clip], dice)
         return learner, dice, {name: x[None] for name, x in clip.items()}
+
+    def gigabytes(self, mode: str) -> float:
+        """As `syncdpo train --estimate` computes them, nothing to spare."""
+        config = replace(self.config, **MODES[mode])
+        needs = needed_bytes(config, size_of(config, self.model), *self.model.streams())
+        return (sum(needs.values()) - needs["spare"]) / 1e9
 
     def make_pairs(self, dice: Dice, clip: dict[str, Tensor], steps: int) -> None:
         """Those of the first steps: Triton compiles when it meets a kind of pair, amid any step."""
@@ -156,23 +165,24 @@ class Bench:
         return launched
 
 
-def build(dry: bool, device: torch.device, rules: str) -> tuple[Bench, dict[str, float]]:
+def build(dry: bool, device: torch.device, config: TrainConfig) -> tuple[Bench, dict[str, float]]:
     """The bench, and the seconds of each stage of making it."""
     seconds, since = {}, time.perf_counter()
     # A dry run stays on the CPU also where there is a GPU.
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=CONFIG.mixed_precision)
     height, width = (64, 64) if dry else (HEIGHT, WIDTH)
-    model = RandomLTX2(settings(dry), device, height=height, width=width)
+    # Where the full weights need not fit on the GPU, they are made beside it.
+    whole = config.base_precision == "bf16" and config.offload == "none"
+    made_on = device if whole else torch.device("cpu")
+    model = RandomLTX2(settings(dry), made_on, height=height, width=width)
     synchronise(device)
     seconds["weights"], since = time.perf_counter() - since, time.perf_counter()
     weights = sum(p.numel() for p in model.transformer.parameters())
-    with device:
-        policy, _ = policy_and_reference(CONFIG, model)
+    with made_on:
+        policy, _ = policy_and_reference(config, model, device=device)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, CONFIG.learning_rate, betas=(0.9, 0.99), weight_decay=CONFIG.weight_decay
-    )
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    optimizer = make_optimizer(config, trained)
+    policy, optimizer = place_trained(config, accelerator, policy, optimizer)
     synchronise(device)
     seconds["adapter"] = time.perf_counter() - since
     size = Size()
@@ -182,7 +192,7 @@ def build(dry: bool, device: torch.device, rules: str) -> tuple[Bench, dict[str,
     stages = ", ".join(f"{name} {stage:.1f}" for name, stage in seconds.items())
     count = sum(p.numel() for p in trained)
     print(f"{weights:,} weights, {count:,} of the LoRA; made in seconds: {stages}", flush=True)
-    return Bench(model, accelerator, policy, optimizer, size, rules), seconds
+    return Bench(model, accelerator, policy, optimizer, size, config), seconds
 
 
 def synchronise(device: torch.device) -> None:

@@ -8,7 +8,8 @@ by a rule. How this script simplifies and departs from it:
 - The reference is the adapter switched off, or as it was loaded (LoRA), a frozen copy (full
   weights), or a table of its errors made once (`cache_reference`), after which no reference model
   is needed at all.
-- One optimizer, AdamW; no moving average of the weights; no validation inside the loop.
+- One optimizer, AdamW, its moments in 32 bits or 8; no moving average of the weights; no
+  validation inside the loop.
 
 Everything random is a pure function of (seed, step): which clips, which σ, which ε, which
 distortion. So a run that was killed goes on with the same losses, and N processes train on what one
@@ -38,6 +39,7 @@ from syncdpo import ops
 from syncdpo.data.buckets import buckets_of, take_format
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams, load_model
+from syncdpo.models.quantised import quantise
 from syncdpo.models.weights import holds_lora
 from syncdpo.negatives import Pairs
 from syncdpo.negatives.curriculum import Adaptive, curriculum
@@ -52,7 +54,8 @@ from syncdpo.training.adapter import (
 from syncdpo.training.checkpoint import Log, finished_weights, load_checkpoint, save_checkpoint
 from syncdpo.training.config import TrainConfig, TrainingDiverged
 from syncdpo.training.dice import Dice, Order, Roll
-from syncdpo.training.sharding import keep_precision, place_frozen
+from syncdpo.training.optimizers import make_optimizer
+from syncdpo.training.sharding import check_shardable, keep_precision, place_frozen, place_trained
 
 PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
 PATIENCE = 10  # steps in a row without a finite gradient before the run stops
@@ -76,6 +79,7 @@ def train(
     publish.check(config)
     accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
     keep_precision(accelerator)
+    check_shardable(config, accelerator)
     model = model or load_model(config.model, **config.model_options)
     writes = accelerator.is_main_process
     about = publish.about(config, model) if writes else {}
@@ -84,15 +88,10 @@ def train(
         data = open_latents(config.data, model, progress=progress and writes)
         if writes and hasattr(data, "summary"):  # whatever is left out, and why
             print(data.summary, file=sys.stderr)
-    policy, reference = policy_and_reference(config, model, base)
-    optimizer = torch.optim.AdamW(
-        [p for p in policy.parameters() if p.requires_grad],
-        config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-    )
+    policy, reference = policy_and_reference(config, model, base, accelerator.device)
+    optimizer = make_optimizer(config, policy.parameters())
     # Modules reach their device here; sharded ones (FSDP2) in pieces, never whole.
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    policy, optimizer = place_trained(config, accelerator, policy, optimizer)
     reference = reference and place_frozen(accelerator, reference)
     difficulty = curriculum(config.curriculum)
     state = load_checkpoint(config, policy, optimizer, difficulty)
@@ -172,9 +171,14 @@ def load_start(config: TrainConfig, model: Model, writes: bool) -> nn.Module | N
 
 
 def policy_and_reference(
-    config: TrainConfig, model: Model, base: nn.Module | None = None
+    config: TrainConfig,
+    model: Model,
+    base: nn.Module | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, nn.Module | None]:
     """The module to train, and a frozen copy where no adapter's absence or copy can serve as one.
+
+    device: where the base is quantised, if it is; policy and reference are so alike.
 
     A LoRA that `weights` brought is trained on; where all weights are to be trained, it is merged
     into them. What either is measured against, `reference` says: `weights` as they were loaded,
@@ -185,6 +189,8 @@ def policy_and_reference(
     wanted = model.of_audio if config.trained == "audio" else lambda name: True
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    for module in filter(None, (policy, base)):
+        quantise(module, config.base_precision, device)
     if config.lora_rank:
         train_adapter(policy, config.lora_rank, model.lora_targets, wanted, config.seed)
     else:

@@ -43,6 +43,9 @@ def prepare(
     ] = None,
     strict: Annotated[bool, typer.Option(help="Leave out clips that look out of step.")] = False,
     shard: Annotated[str, typer.Option(help="rank/world: this process's share.")] = "0/1",
+    text_encoder_precision: Annotated[
+        str | None, typer.Option(help="LTX-2: bf16, or fp8, int8 or nf4, on a small GPU.")
+    ] = None,
     **options,
 ) -> None:
     """Encode clips to latents once; safe to interrupt, resumed by the same command."""
@@ -63,7 +66,7 @@ def prepare(
     found = read_captions(clips, captions)
     if str(found):
         say(str(found))  # before hours of encoding
-    loaded = load(model, **options)
+    loaded = load(model, **options, text_encoder_precision=text_encoder_precision)
     summary = prepare_clips(
         loaded,
         clips,

@@ -69,6 +69,9 @@ def open_latents(folder: str | Path, model, *, progress: bool = False) -> Datase
 def _open_cache(folder: Path, model) -> LatentDataset:
     """A cache of ours, made by the encoders of `model`."""
     clip = LatentDataset(folder).identity
+    if hasattr(model, "text_encoder_precision"):
+        # Training needs no text encoder, so whatever precision the cache's had will do.
+        model.text_encoder_precision = clip.get("text_encoder_precision", "bf16")
     buckets = recorded_buckets(clip)
     if buckets and hasattr(model, "set_format"):
         return LatentDataset(folder, mixed_identity(model, buckets))

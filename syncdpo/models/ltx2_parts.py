@@ -29,6 +29,7 @@ from torch import nn
 
 from syncdpo.models.ltx2_checkpoints import LightricksFile
 from syncdpo.models.ltx2_text import load_text_folder, load_tokenizer_folder
+from syncdpo.models.quantised import quantise
 
 NEEDED = (
     "transformer", "scheduler", "vae", "audio_vae", "vocoder", "text_encoder", "tokenizer",
@@ -58,6 +59,7 @@ class Parts:
     """The components of the checkpoint `name`, in `dtype`, to work on `device`.
 
     name: folder or hub id of a diffusers pipeline, or a `.safetensors` file of Lightricks.
+    text_encoder_precision: one of `PRECISIONS`; the text encoder is quantised once it is read.
     others: by the names of `OPTIONS`, a file of Lightricks or a folder that gives those components.
 
     Raises ValueError for a checkpoint that holds no LTX-2 transformer with sound, and, once it is
@@ -65,9 +67,15 @@ class Parts:
     """
 
     def __init__(
-        self, name: str, dtype: torch.dtype, device: torch.device, **others: str | Path | None
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        text_encoder_precision: str = "bf16",
+        **others: str | Path | None,
     ):
         self.name, self.dtype, self.device = name, dtype, device
+        self.text_encoder_precision = text_encoder_precision
         self._loaded: dict[str, object] = {}
         self._sound: nn.Module | None = None
         self._main = _checkpoint(name)
@@ -113,7 +121,10 @@ class Parts:
     def __getitem__(self, component: str):
         """One component, wherever it is; frozen, the transformer excepted."""
         if component not in self._loaded:
-            self._loaded[component] = self._load(component, self.dtype)
+            self._loaded[component] = loaded = self._load(component, self.dtype)
+            if component == "text_encoder":
+                setting = "text_encoder_precision"
+                quantise(loaded, self.text_encoder_precision, self.device, setting=setting)
         return self._loaded[component]
 
     def fingerprint(self, component: str) -> str:

@@ -14,7 +14,10 @@ from syncdpo.versions import checked_versions
 Streams = tuple[Tensor, Tensor]  # (video, audio), each [B, …]
 Conditions = dict[str, Tensor]  # whatever `encode` gave beside the latents, each [B, …]
 CLIP_OPTIONS = ("frames", "height", "width", "fps")
-LTX2_OPTIONS = ("text_encoder", "video_vae", "audio_vae", "shift_bound", "allow_distilled")
+LTX2_OPTIONS = (
+    "text_encoder", "video_vae", "audio_vae", "text_encoder_precision", "shift_bound",
+    "allow_distilled",
+)  # fmt: skip
 
 
 class Model(Protocol):

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.optim import Optimizer
@@ -24,15 +25,18 @@ from syncdpo.data.files import remove_leftovers, write_atomic
 from syncdpo.models.weights import ADAPTER
 from syncdpo.negatives.curriculum import Schedule
 from syncdpo.training.config import TrainConfig
+from syncdpo.training.optimizers import moments_of, set_moments, trained_parameters
 
 KEPT = 2
 PATTERN = "checkpoint-*.safetensors"
 # Settings that may differ between a run and its continuation: they change no step.
 FREE = {
-    "resume", "checkpoint_every", "workers", "output", "data", "allow_partial", "push_to_hub",
+    "resume", "checkpoint_every", "workers", "output", "data", "offload", "allow_partial",
+    "push_to_hub",
 }  # fmt: skip
 # Full tensors on the CPU, whatever wraps the model; of a LoRA run the adapter alone.
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+LOADED = StateDictOptions(full_state_dict=True, strict=False)
 
 
 def save_checkpoint(
@@ -47,11 +51,11 @@ def save_checkpoint(
 
     Every process must call it; the one that `writes` does. The last `KEPT` files stay.
     """
-    weights, optimizer_state = get_state_dict(policy, optimizer, options=TRAINED)
+    weights, state = _trained_state(config, policy, optimizer)
     if not writes:
         return
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
-    for name, moments in optimizer_state["state"].items():
+    for name, moments in state.items():
         tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in moments.items()}
     header = {"config": asdict(config), "progress": progress, "difficulty": difficulty.state_dict()}
     output = Path(config.output)
@@ -81,7 +85,6 @@ def load_checkpoint(
         header = json.loads(file.metadata()["syncdpo"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_same_run(header["config"], asdict(config), output)
-    groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
     weights = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith("weights/")}
     moments = {}
     for key, tensor in tensors.items():
@@ -89,15 +92,36 @@ def load_checkpoint(
         if kind == "optimizer":
             name, _, moment = rest.rpartition("/")
             moments.setdefault(name, {})[moment] = tensor
-    set_state_dict(
-        policy,
-        optimizer,
-        model_state_dict=weights,
-        optim_state_dict={"state": moments, "param_groups": groups},
-        options=StateDictOptions(full_state_dict=True, strict=False),
-    )
+    if config.optimizer == "adamw8bit":
+        set_model_state_dict(policy, weights, options=LOADED)
+        set_moments(policy, optimizer, moments)
+    else:
+        groups = get_optimizer_state_dict(policy, optimizer)["param_groups"]
+        set_state_dict(
+            policy,
+            optimizer,
+            model_state_dict=weights,
+            optim_state_dict={"state": moments, "param_groups": groups},
+            options=LOADED,
+        )
     difficulty.load_state_dict(header["difficulty"])
     return header["progress"]
+
+
+def _trained_state(
+    config: TrainConfig, policy: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Trained weights, and the optimizer's state for each of them, by their names."""
+    if config.optimizer == "adamw8bit":
+        weights = get_model_state_dict(policy, options=TRAINED)
+        state = moments_of(policy, optimizer)
+    else:
+        weights, state = get_state_dict(policy, optimizer, options=TRAINED)
+        state = state.get("state", {})  # full on the one process that writes
+    if config.base_precision == "nf4":  # which lists its scales beside the weights
+        trained = {name for name, _ in trained_parameters(policy)}
+        weights = {name: tensor for name, tensor in weights.items() if name in trained}
+    return weights, state
 
 
 def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor]:
@@ -112,9 +136,10 @@ def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor
 
 
 def _check_same_run(then: dict, now: dict, output: Path) -> None:
-    changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
+    then = asdict(TrainConfig()) | then  # it may have begun before there were as many
+    changed = [k for k in now if k not in FREE and then[k] != now[k]]
     if changed:
-        differences = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
+        differences = ", ".join(f"{k} was {then[k]!r}, is {now[k]!r}" for k in changed)
         raise ValueError(f"resume: the run in {output} has other settings: {differences}")
 
 

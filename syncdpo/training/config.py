@@ -38,12 +38,15 @@ class TrainConfig:
     steps: int = _setting(200, "optimizer steps")
     batch_size: int = _setting(16, "clips per process and micro-step")
     accumulation: int = _setting(1, "micro-steps per optimizer step")
+    optimizer: str = _setting("adamw", "adamw, or adamw8bit: its moments in 8 bits")
     learning_rate: float = _setting(3e-4, "peak learning rate of AdamW")
     schedule: str = _setting("cosine", "learning rate after the warm-up: constant, linear, cosine")
     warmup: int = _setting(10, "steps to the peak learning rate")
     weight_decay: float = _setting(0.01, "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, "longer gradients are shortened to this norm")
     lora_rank: int = _setting(0, "rank of the LoRA, at least; 0 trains all weights")
+    base_precision: str = _setting("bf16", "a LoRA's frozen base: bf16 (as loaded), fp8, int8, nf4")
+    offload: str = _setting("none", "blocks: a LoRA's frozen base in host memory, block by block")
     trained: str = _setting("both", "whose weights: both streams', or the audio's alone (audio)")
     sigma: str = _setting("separate", "noise levels: one for each stream of a clip, or shared")
     shift_bound: int = _setting(0, "tokens from which LTX-2's noise levels rise no more; 0: none")
@@ -74,6 +77,9 @@ class TrainConfig:
         choices = {
             "method": ("sft", "syncdpo"),
             "reference": ("weights", "base"),
+            "optimizer": ("adamw", "adamw8bit"),
+            "base_precision": ("bf16", "fp8", "int8", "nf4"),
+            "offload": ("none", "blocks"),
             "trained": ("both", "audio"),
             "sigma": ("shared", "separate"),
             "schedule": ("constant", "linear", "cosine"),
@@ -97,6 +103,17 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name, whole in (("base_precision", "bf16"), ("offload", "none")):
+            if getattr(self, name) != whole and not self.lora_rank:
+                raise ValueError(
+                    f"{name}: expected {whole} where all weights are trained (lora_rank: 0), got "
+                    f"{getattr(self, name)}; a LoRA's base is frozen, so choose a lora_rank"
+                )
+        if self.offload == "blocks" and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload: blocks needs gradient_checkpointing: true, or the backward holds every "
+                "block on the device"
+            )
         if not 0 <= self.matched <= 1:
             raise ValueError(f"matched: expected 0 to 1, got {self.matched}")
         if self.draws and self.cache_reference not in (0, self.draws):

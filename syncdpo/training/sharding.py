@@ -1,6 +1,6 @@
-"""What FSDP2 asks for beyond accelerate's defaults: exact times and positions, a sharded reference.
+"""Modules on their devices: whole, in shards (FSDP2), or a frozen base that stays behind.
 
-Under any other launch nothing here does anything.
+FSDP2 asks for more than accelerate's defaults: exact times and positions, a sharded reference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from syncdpo.training.config import TrainConfig
+from syncdpo.training.offload import offload_blocks
 
 
 def keep_precision(accelerator: Accelerator) -> None:
@@ -29,6 +34,35 @@ def keep_precision(accelerator: Accelerator) -> None:
             output_dtype=torch.float32,
             cast_forward_inputs=False,
         )
+
+
+def check_shardable(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raises ValueError for what FSDP2 cannot cut into shards."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    for name, plain in (("base_precision", "bf16"), ("optimizer", "adamw"), ("offload", "none")):
+        if getattr(config, name) != plain:
+            raise ValueError(
+                f"{name}: expected {plain} under FSDP2, whose shards are of plain tensors, got "
+                f"{getattr(config, name)}; launch with configs/ddp_8_gpus.yaml instead"
+            )
+
+
+def place_trained(
+    config: TrainConfig, accelerator: Accelerator, policy: nn.Module, optimizer: Optimizer
+) -> tuple[nn.Module, Optimizer]:
+    """`accelerator.prepare`, but an offloaded base stays in host memory.
+
+    DDP would send all weights from the first process to the others, which have them already, and
+    knows neither quantised ones nor those on the host: it is told to leave the frozen ones alone.
+    """
+    if config.offload == "blocks":
+        offload_blocks(policy, accelerator.device)
+    if config.offload == "blocks" or config.base_precision != "bf16":
+        frozen = [name for name, p in policy.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, frozen)
+    placed = False if config.offload == "blocks" else None  # None: as accelerate sees fit
+    return accelerator.prepare(policy, optimizer, device_placement=[placed, None])
 
 
 def place_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:

@@ -161,6 +161,17 @@ def test_steps_are_profiled(dry_run):
     assert profiles["syncdpo"]["kernels"] > profiles["sft"]["kernels"]
 
 
+def test_a_small_gpus_settings_are_measured_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = {"base-precision": "nf4", "optimizer": "adamw8bit", "offload": "blocks"}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    done = command(SCRIPT, "--dry-run", "--output", tmp_path / "dry.json", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "dry.json").read_text())
+    assert {name: report[name.replace("-", "_")] for name in options} == options
+    assert {row["outcome"] for row in report["measurements"]} == {"measured"}
+
+
 def test_the_table_stands_beside_what_is_computed(dry_run):
     report, shown = dry_run
     lines = [line for line in shown.splitlines() if line.startswith("| ") and " s |" in line]
@@ -184,7 +195,9 @@ def test_kernels_that_overlap_count_once(measuring):
 def full_size(formulas):
     """What `attempt` asks of a bench at full size, without the model."""
     model = SimpleNamespace(set_length=lambda pictures: None, streams=lambda: formulas.tokens(121))
-    return SimpleNamespace(model=model, size=formulas.Size())
+    size = formulas.Size()
+    gigabytes = lambda mode: formulas.step_gigabytes(size, mode, *formulas.tokens(121))  # noqa: E731
+    return SimpleNamespace(model=model, size=size, gigabytes=gigabytes)
 
 
 def test_what_does_not_fit_into_the_time_is_skipped(bench, full_size, monkeypatch):

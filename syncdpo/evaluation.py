@@ -190,15 +190,18 @@ def _seen(path: Path, folder: Path, with_av_align: bool) -> Evaluated:
     return Evaluated(readable(path.relative_to(folder)), metrics, scores, streams.notes)
 
 
+def mean_score(values: Sequence[float | None]) -> float | None:
+    """The mean over those clips that have one, neither None nor NaN."""
+    known = [value for value in map(_number, values) if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _number(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
 def _overall(done: list[Evaluated]) -> dict:
-    means = {}
-    for column in done[0].scores:
-        known = [e.scores[column] for e in done if e.scores[column] is not None]
-        means[column] = sum(known) / len(known) if known else None
+    means = {column: mean_score([e.scores[column] for e in done]) for column in done[0].scores}
     return {"clip": "all"} | means | summarise([entry.metrics for entry in done])
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from syncdpo.data.chance import generator
 from syncdpo.data.clips import Clip, write_clip
 from syncdpo.data.overlap import overlapped
 from syncdpo.models import Model
-from syncdpo.training.dice import generator
 
 
 def noise_seeds(count: int, *key) -> Tensor:

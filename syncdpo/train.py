@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from syncdpo import ops
-from syncdpo.data.buckets import buckets_of, take_format
+from syncdpo.data.buckets import buckets_of, commonest, take_format
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.models.quantised import quantise
@@ -55,7 +55,9 @@ from syncdpo.training.checkpoint import Log, finished_weights, load_checkpoint, 
 from syncdpo.training.config import TrainConfig, TrainingDiverged
 from syncdpo.training.dice import Dice, Order, Roll
 from syncdpo.training.optimizers import make_optimizer
+from syncdpo.training.samples import Samples, waiting
 from syncdpo.training.sharding import check_shardable, keep_precision, place_frozen, place_trained
+from syncdpo.training.trackers import tracker_names
 
 PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
 PATIENCE = 10  # steps in a row without a finite gradient before the run stops
@@ -77,12 +79,18 @@ def train(
     in place.
     """
     publish.check(config)
-    accelerator = Accelerator(mixed_precision=PRECISION[config.mixed_precision])
+    accelerator = Accelerator(
+        mixed_precision=PRECISION[config.mixed_precision],
+        log_with=tracker_names(config) or None,
+        project_dir=config.output,
+        kwargs_handlers=waiting(config),
+    )
     keep_precision(accelerator)
     check_shardable(config, accelerator)
     model = model or load_model(config.model, **config.model_options)
     writes = accelerator.is_main_process
     about = publish.about(config, model) if writes else {}
+    samples = Samples(config, model, accelerator)
     base = load_start(config, model, writes)
     if data is None:
         data = open_latents(config.data, model, progress=progress and writes)
@@ -95,7 +103,9 @@ def train(
     reference = reference and place_frozen(accelerator, reference)
     difficulty = curriculum(config.curriculum)
     state = load_checkpoint(config, policy, optimizer, difficulty)
-    order = Order(config, len(data), accelerator, buckets_of(data))
+    buckets = buckets_of(data)
+    samples.bucket = commonest(buckets)
+    order = Order(config, len(data), accelerator, buckets)
     dice = Dice(config, model, difficulty, order, accelerator.device)
     learner = Learner(config, accelerator, model, policy, reference, progress and writes)
     del reference  # the learner's alone: once its errors are known, it goes
@@ -103,10 +113,12 @@ def train(
         learner.cache_reference(data, dice)
     micro_steps = order.micro_steps(state["step"])
     batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
-    log = Log(config, state["step"], writes, progress)
+    log = Log(config, state["step"], accelerator, progress)
 
     streak, since = 0, {name: now - state[name] for name, now in clocks().items()}
     for step in range(state["step"], config.steps):
+        with off_the_clock(since):
+            samples.take(step, log)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(config, step)
         sums = []
@@ -138,6 +150,7 @@ def train(
         ):
             save_checkpoint(config, policy, optimizer, difficulty, state, writes)
 
+    samples.take(state["step"], log, last=True)
     weights = finished_weights(config, policy)
     if writes:
         model.save_weights(Path(config.output), weights, about=about)
@@ -372,6 +385,15 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 def clocks() -> dict[str, float]:
     """Time that passes, and that this process's threads work: on a busy machine they differ."""
     return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+
+
+@contextlib.contextmanager
+def off_the_clock(since: dict[str, float]) -> Iterator[None]:
+    """What passes meanwhile is no training: samples."""
+    before = clocks()
+    yield
+    for name, now in clocks().items():
+        since[name] += now - before[name]
 
 
 def mean_over_processes(accelerator: Accelerator, metrics: list[dict[str, Tensor]]) -> dict:

@@ -36,6 +36,7 @@ def test_version_and_help():
         "demo",
         "prepare",
         "train",
+        "report",
         "sample",
         "evaluate",
         "probe",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("data", "demo", "metrics", "models", "negatives", "ops", "training")
+ROOMS = ("data", "demo", "metrics", "models", "negatives", "ops", "report", "training")
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -15,6 +15,7 @@ from syncdpo.cli.clips import evaluate, sample
 from syncdpo.cli.demonstration import compare_rules, demo, tune
 from syncdpo.cli.latents import prepare, probe
 from syncdpo.cli.options import say
+from syncdpo.cli.reports import report
 from syncdpo.cli.training import train
 from syncdpo.training import TrainingDiverged
 from syncdpo.versions import WrongVersions, checked_versions
@@ -46,7 +47,7 @@ def info() -> None:
     typer.echo(describe())
 
 
-for command in (demo, tune, compare_rules, prepare, train, sample, evaluate, probe, info):
+for command in (demo, tune, compare_rules, prepare, train, report, sample, evaluate, probe, info):
     app.command()(command)
 
 

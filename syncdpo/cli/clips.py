@@ -74,17 +74,11 @@ def sample(
 
 def lines(captions: Path) -> list[str]:
     """A caption from each line that has one; lines end at line feeds only."""
-    from syncdpo.data.captions import NO_TEXT, decode_text
+    from syncdpo.data.captions import caption_lines
 
-    try:
-        text, guess = decode_text(captions.read_bytes())
-    except UnicodeError as error:
-        raise ValueError(f"captions: {captions} is {NO_TEXT}") from error
+    texts, guess = caption_lines(captions)
     if guess:
         say(f"captions: {captions}: {guess}", err=True)
-    texts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not texts:
-        raise ValueError(f"captions: expected a caption on each line, got none in {captions}")
     return texts
 
 

@@ -11,9 +11,10 @@ import typer
 from syncdpo.cli.options import given, with_options
 from syncdpo.training import TrainConfig
 
+REPEATABLE = ("metric",)  # as options; as settings, texts joined by commas
 SETTINGS = {
     setting.name: Annotated[
-        type(setting.default) | None,
+        (list[str] if setting.name in REPEATABLE else type(setting.default)) | None,
         typer.Option(help=setting.metadata["help"], show_default=str(setting.default) or "none"),
     ]
     for setting in fields(TrainConfig)
@@ -37,6 +38,7 @@ def train(
     """Train on prepared latents. On several GPUs: accelerate launch -m syncdpo train …"""
     from syncdpo.training import dump_config, load_config
 
+    settings |= {name: ",".join(settings[name]) for name in REPEATABLE if settings[name]}
     chosen = replace(load_config(config) if config else TrainConfig(), **given(settings))
     if tflops is not None and not estimate:
         raise ValueError("tflops: expected with --estimate, which it gives a time")

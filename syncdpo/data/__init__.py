@@ -6,7 +6,7 @@
 is said of clips; `latents` encodes them once, in one format or in several `buckets`, and
 `precomputed` reads what the LTX-2 trainer encoded, each clip by `trainer_clip` out of
 `foreign_tensors`. `winners` tells which clips are out of step, and `synthetic` renders some that
-are not.
+are not. `chance` is where anything random that must be the same again comes from.
 """
 
 from .clips import Clip, ClipError, ClipFormat, find_clips, read_clip, write_clip

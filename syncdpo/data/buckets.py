@@ -8,6 +8,7 @@ nearest shape, and what it has beyond that is cut off.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +139,11 @@ def mixed_identity(model, buckets: Sequence[Bucket]) -> dict:
 def recorded_buckets(identity: dict) -> list[Bucket]:
     """The buckets of a cache with that identity; none where it holds one clip format."""
     return [Bucket(*numbers) for numbers in identity.get("buckets", ())]
+
+
+def commonest(buckets: Sequence[Bucket | None]) -> Bucket | None:
+    """The one of most clips; the first of equals."""
+    return Counter(buckets).most_common(1)[0][0]
 
 
 def buckets_of(data) -> list[Bucket | None]:

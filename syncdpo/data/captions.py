@@ -104,6 +104,21 @@ def decode_text(content: bytes) -> tuple[str, str | None]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
+def caption_lines(path: Path) -> tuple[list[str], str | None]:
+    """(captions, note): one of each line that holds text; lines end at line feeds only.
+
+    note: how it was read, where that is a guess. Raises ValueError where there is no text.
+    """
+    try:
+        text, guess = decode_text(path.read_bytes())
+    except UnicodeError as error:
+        raise ValueError(f"captions: {path} is {NO_TEXT}") from error
+    texts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not texts:
+        raise ValueError(f"captions: expected a caption on each line, got none in {path}")
+    return texts, guess
+
+
 def _from_table(folder: Path, table: Path) -> Captions:
     captions = Captions()
     try:

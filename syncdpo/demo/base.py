@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from syncdpo.data.chance import generator
 from syncdpo.data.synthetic import render
 from syncdpo.models.tiny import BASE, Tiny
 from syncdpo.models.weights import FULL
 from syncdpo.train import train
 from syncdpo.training.config import TrainConfig
-from syncdpo.training.dice import generator
 
 CLIPS = 3072
 FIRST_SEED = 10_000_000  # far from every clip that anything else is trained or measured on

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 from pathlib import Path
 from string import Template
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from syncdpo.report.curves import running_mean
+from syncdpo.report.page import page, picture, table
+from syncdpo.report.players import Shown, gallery
 
 LABELS = {
     "base": "base",
@@ -34,64 +32,48 @@ COLUMNS = (
     ("cpu_seconds", "CPU seconds", "{:.0f}"),
 )
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>syncdpo: a generator learns to keep time</title>
-<meta name="viewport" content="width=device-width">
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c2127; background: #fff }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #dfe3e8 }
-th:first-child, td:first-child { text-align: left } tr.best { font-weight: 600 }
-tr.real { color: #5c6570 } img { max-width: 100% }
-.clips { display: grid; grid-template-columns: 9rem repeat($shown, 1fr); gap: .4rem;
-         align-items: center }
-video { width: 100%; image-rendering: pixelated; background: #111 }
-p.note { color: #5c6570; font-size: .9rem }
-</style></head><body>
-<h1>A generator learns to keep time</h1>
+BODY = Template("""<h1>A generator learns to keep time</h1>
 <p>The base knows which sound goes with a ball that strikes the floor, but not when. Supervised
 fine-tuning (SFT) and SyncDPO train it on the same $training synchronised clips$offset, each the
 weights, and at the learning rate, that suit it best. Then every model writes the sound to the
 pictures of $held_out clips that none was trained on, and what is seen and heard in the resulting
 mp4 files is compared. “Own clips”: it generates $samples, picture and sound.</p>
-<table><thead><tr><th>after</th>$header</tr></thead><tbody>$rows</tbody></table>
+$table
 <p class="note">F1 counts a visible impact as met when its sound leads by at most 90 ms or lags by
 at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms). The onset error is the
 distance from each visible impact to the nearest sound. “Real clips” are the held-out clips with
 their own sound, after the codec: as good as a generator can get. Seed $seed.</p>
+<h2>Clips</h2>
+<p>The first of these, to play; those of a column share their picture.</p>
+$clips
 <h2>Seen and heard</h2>
 <p>Each line is one clip, the same in every column: marks above are impacts seen in its picture,
 marks below are onsets heard in the model's sound. In step, they meet.</p>
-<img alt="Timeline of seen and heard events per method" src="$timeline">
+$timeline
 <h2>Training</h2>
-<img alt="Training curves" src="$curves">
-<h2>Clips</h2>
-<p>The first of these, to play; those of a column share their picture.</p>
-<div class="clips">$clips</div>
-</body></html>
+$curves
 """)
 
 
 def write_report(path: Path, report: dict, sampled: dict, logs: dict) -> None:
     """Write `path` from report.json's content, `Samples` per method, and logs per method."""
     methods = [row["method"] for row in report["rows"]]
-    shown = min(SHOWN, len(sampled["base"].given.paths))
-    page = PAGE.substitute(
-        header="".join(f"<th>{title}</th>" for _, title, _ in COLUMNS),
-        rows=_table(report),
+    clips, width = gallery(
+        [(LABELS[m], [Shown(path) for path in sampled[m].given.paths[:SHOWN]]) for m in methods]
+    )
+    timeline = draw_timeline({m: sampled[m].given.metrics[:SHOWN] for m in methods})
+    body = BODY.substitute(
+        table=_table(report),
         training=report["settings"]["training_clips"],
         held_out=report["settings"]["held_out_clips"],
         offset=_offset(report["settings"]["offset_spread"]),
         samples=report["settings"]["samples"],
         seed=report["settings"]["seed"],
-        timeline=_picture(draw_timeline({m: sampled[m].given.metrics[:SHOWN] for m in methods})),
-        curves=_picture(draw_curves(logs)),
-        shown=shown,
-        clips="".join(_clips(LABELS[m], sampled[m].given.paths[:shown]) for m in methods),
+        timeline=picture(timeline, "Timeline of seen and heard events per method"),
+        curves=picture(draw_curves(logs), "Training curves"),
+        clips=clips,
     )
-    path.write_text(page)
+    path.write_text(page("syncdpo: a generator learns to keep time", body, width=width))
 
 
 def draw_timeline(metrics: dict[str, list]) -> plt.Figure:
@@ -118,12 +100,12 @@ def draw_curves(logs: dict[str, list[dict]]) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
     for method, log in logs.items():
         name = "audio_error" if "audio_error" in log[0] else "audio_error_win"
-        values = _smooth([entry[name] for entry in log])
+        values = running_mean([entry[name] for entry in log])
         left.plot(values, color=COLOURS[method], label=LABELS[method])
     left.set(xlabel="step", ylabel="audio error (winners)", yscale="log")
     left.legend(frameon=False, fontsize=9)
     preference = next(log for log in logs.values() if "implicit_accuracy" in log[0])
-    accuracy = _smooth([entry["implicit_accuracy"] for entry in preference])
+    accuracy = running_mean([entry["implicit_accuracy"] for entry in preference])
     right.plot(accuracy, color=COLOURS["syncdpo"], label="implicit accuracy")
     right.plot([e["difficulty"] for e in preference], color="#8a8f98", ls="--", label="difficulty")
     right.set(xlabel="step", ylim=(0, 1.02))
@@ -132,14 +114,6 @@ def draw_curves(logs: dict[str, list[dict]]) -> plt.Figure:
         axis.spines[["right", "top"]].set_visible(False)
     figure.tight_layout()
     return figure
-
-
-def _smooth(values: list[float], memory: float = 0.9) -> list[float]:
-    mean, smoothed = values[0], []
-    for value in values:
-        mean = memory * mean + (1 - memory) * value
-        smoothed.append(mean)
-    return smoothed
 
 
 def _offset(spread: float | None) -> str:
@@ -151,31 +125,14 @@ def _offset(spread: float | None) -> str:
 
 def _table(report: dict) -> str:
     best = min(report["rows"], key=lambda row: row["onset_error_ms"] or math.inf)
-    lines = [
-        _line(LABELS[row["method"]], row, "best" if row is best else "") for row in report["rows"]
+    rows = [
+        ("best" if row is best else "", _cells(LABELS[row["method"]], row))
+        for row in report["rows"]
     ]
-    return "".join(lines) + _line("real clips", report["real"], "real")
+    rows.append(("real", _cells("real clips", report["real"])))
+    return table(["after", *(title for _, title, _ in COLUMNS)], rows)
 
 
-def _line(label: str, row: dict, style: str) -> str:
-    cells = ("" if row.get(key) is None else form.format(row[key]) for key, _, form in COLUMNS)
-    return f'<tr class="{style}"><td>{label}</td>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
-
-
-def _clips(label: str, paths: list[Path]) -> str:
-    players = (
-        f'<video controls loop src="data:video/mp4;base64,{_base64(path.read_bytes())}"></video>'
-        for path in paths
-    )
-    return f"<div>{html.escape(label)}</div>{''.join(players)}"
-
-
-def _picture(figure: plt.Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    plt.close(figure)
-    return f"data:image/png;base64,{_base64(buffer.getvalue())}"
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+def _cells(label: str, row: dict) -> list[str]:
+    values = ((form, row.get(key)) for key, _, form in COLUMNS)
+    return [label, *("" if value is None else form.format(value) for form, value in values)]

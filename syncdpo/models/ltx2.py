@@ -52,6 +52,7 @@ class LTX2:
 
     velocity_sign = +1
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    adds_sound = False
     of_audio = staticmethod(of_audio)
     text_tokens = 1024
     shift_bound = 0
@@ -319,6 +320,16 @@ class LTX2:
                 **options,
             )
             yield from self._clips(video, audio)
+
+    def check_generation(self, captions: Sequence[str]) -> None:
+        """Raises ValueError for want of a caption, or of a component, whose mend it names."""
+        if not all(captions):
+            raise ValueError("caption: expected text, which LTX-2 generates from, got none")
+        self.parts.find(*NEEDED)
+
+    def put_aside(self) -> None:
+        """All that training does not need back into the machine's memory, to leave the GPU's."""
+        self.parts.put_aside()
 
     def _clips(self, video: np.ndarray, audio: Tensor) -> list[Clip]:
         """video [B,T,H,W,3] in [0, 1], audio [B,C,N]."""

@@ -101,10 +101,22 @@ class Parts:
 
     def pipeline(self, *components: str) -> LTX2Pipeline:
         """An `LTX2Pipeline` of the components asked for, on `device`; the others are None."""
-        for name in components:
-            self._source(name)  # all are found before the first is loaded
+        self.find(*components)
         parts = {name: self[name] if name in components else None for name in NEEDED + OPTIONAL}
         return LTX2Pipeline(**parts).to(self.device)
+
+    def find(self, *components: str) -> None:
+        """Raises ValueError where one of them is missing, before the first is loaded."""
+        for name in components:
+            self._source(name)
+
+    def put_aside(self) -> None:
+        """What is loaded beside the transformer, from the GPU to the machine's memory."""
+        for name, part in self._loaded.items():
+            if isinstance(part, nn.Module) and name != "transformer":
+                part.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def sound_encoder(self) -> AutoencoderKLLTX2Audio:
         """The audio VAE to encode with, on `device`: in float32 whatever `dtype` is.

@@ -35,6 +35,7 @@ class Model(Protocol):
     timelines: tuple[Timeline, Timeline]
     velocity_sign: int
     lora_targets: Sequence[str]
+    adds_sound: bool  # whether `generate` takes `video`, latents of pictures that want a sound
 
     def of_audio(self, name: str) -> bool:
         """Whether a parameter or module of `transformer`, by its name, serves the audio alone."""
@@ -65,6 +66,9 @@ class Model(Protocol):
         steps: the model's own number by default. guidance: options of the model's pipeline.
         Raises ValueError for captions or guidance given to a model that has no use for them.
         """
+
+    def check_generation(self, captions: Sequence[str]) -> None:
+        """Raises ValueError, before anything is loaded, where `generate` could not do these."""
 
     def save_weights(self, folder: Path, state: dict[str, Tensor], **options) -> None:
         """Write full or LoRA weights as safetensors, in a format that other tools load.

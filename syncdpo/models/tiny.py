@@ -68,6 +68,7 @@ class Tiny:
     )
     velocity_sign = +1
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    adds_sound = True
     of_audio = staticmethod(of_audio)
 
     def __init__(
@@ -194,8 +195,7 @@ class Tiny:
 
         video: [clips,96,40], latents of pictures that only want their sound.
         """
-        if unused := [*guidance, *(["caption"] if any(captions) else [])]:
-            raise ValueError(f"{', '.join(unused)}: tiny takes no text and has no guidance")
+        self._check_unused([*guidance, *(["caption"] if any(captions) else [])])
         transformer = self.transformer.eval()
         seeds = seeds.to(next(transformer.parameters()).device)
         groups = seeds.split(SAMPLED_TOGETHER)
@@ -203,6 +203,14 @@ class Tiny:
         for some, pictures in zip(groups, given, strict=True):
             latents = self.sample(transformer, {}, some, steps or SAMPLING_STEPS, pictures)
             yield from self.decode(*latents)
+
+    def check_generation(self, captions: Sequence[str]) -> None:
+        """Raises ValueError for a caption."""
+        self._check_unused(["caption"] if any(captions) else [])
+
+    def _check_unused(self, options: list[str]) -> None:
+        if options:
+            raise ValueError(f"{', '.join(options)}: tiny takes no text and has no guidance")
 
     def save_weights(self, folder: Path, state: dict[str, Tensor], **options) -> None:
         save_weights(folder, self.transformer, state, **options)

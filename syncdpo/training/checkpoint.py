@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from syncdpo.data.files import remove_leftovers, write_atomic
@@ -26,13 +26,15 @@ from syncdpo.models.weights import ADAPTER
 from syncdpo.negatives.curriculum import Schedule
 from syncdpo.training.config import TrainConfig
 from syncdpo.training.optimizers import moments_of, set_moments, trained_parameters
+from syncdpo.training.trackers import log_clips, start_trackers
 
 KEPT = 2
+LOG = "log.jsonl"
 PATTERN = "checkpoint-*.safetensors"
 # Settings that may differ between a run and its continuation: they change no step.
 FREE = {
     "resume", "checkpoint_every", "workers", "output", "data", "offload", "allow_partial",
-    "push_to_hub",
+    "push_to_hub", "sample_every", "sample_count", "metric", "log_with",
 }  # fmt: skip
 # Full tensors on the CPU, whatever wraps the model; of a LoRA run the adapter alone.
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -124,6 +126,15 @@ def _trained_state(
     return weights, state
 
 
+def run_settings(folder: Path) -> dict:
+    """The settings that a run was last started with; none before its first checkpoint."""
+    found = sorted(folder.glob(PATTERN))
+    if not found:
+        return {}
+    with safe_open(found[-1], "pt") as file:
+        return json.loads(file.metadata()["syncdpo"])["config"]
+
+
 def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor]:
     """What a run leaves, frozen or not: all weights, or the whole LoRA.
 
@@ -144,46 +155,94 @@ def _check_same_run(then: dict, now: dict, output: Path) -> None:
 
 
 class Log:
-    """One line of JSON per step in log.jsonl, TensorBoard beside it, and a progress bar."""
+    """A line of JSON per step in log.jsonl, trackers beside it, and a progress bar.
 
-    def __init__(self, config: TrainConfig, step: int, writes: bool, progress: bool):
-        self.writes = writes
+    Figures that are no step's are lines too, under the name of their kind: after so many steps.
+    """
+
+    def __init__(self, config: TrainConfig, step: int, accelerator: Accelerator, progress: bool):
+        self.writes, self.accelerator = accelerator.is_main_process, accelerator
+        self.began = step
         self.bar = tqdm(
             total=config.steps,
             initial=step,
             desc=config.method,
             unit="step",
-            disable=not (progress and writes),
+            disable=not (progress and self.writes),
         )
-        if not writes:
+        self.before: list[dict] = []
+        if not self.writes:
             return
-        folder = Path(config.output)
-        path = folder / "log.jsonl"
-        before = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
-        write_atomic(path, "".join(before).encode())
+        path = Path(config.output) / LOG
+        # What a killed run wrote after its last checkpoint happens once more.
+        rows = read_rows(path.parent) if step else []
+        self.before = [row for row in rows if row["step"] < step + _is_figure(row)]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.before).encode())
         self.file = path.open("a")
-        self.board = SummaryWriter(str(folder), purge_step=step)
+        start_trackers(accelerator, config, step)
+        for row in self.before:
+            for kind in row.keys() - {"step"} if row["step"] == step and _is_figure(row) else ():
+                self._draw(step, kind, row[kind])  # TensorBoard forgets it with the steps to come
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         if not self.writes:
             return
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(f"train/{name}", value, step)
+        self._write({"step": step} | metrics)
+        self._draw(step, "train", metrics)
         shown = {"loss": "loss", "accuracy": "implicit_accuracy", "difficulty": "difficulty"}
         self.bar.set_postfix(
             {label: f"{metrics[name]:.3f}" for label, name in shown.items() if name in metrics}
         )
         self.bar.update()
 
+    def known(self, kind: str) -> set[int]:
+        """After how many steps an earlier part of this run noted figures of a kind."""
+        return {row["step"] for row in self.before if kind in row}
+
+    def found(self, step: int, kind: str, figures: dict) -> None:
+        """What was found after `step` steps, as "samples"."""
+        if not self.writes:
+            return
+        self._write({"step": step, kind: figures})
+        self._draw(step, kind, figures)
+
+    def clips(self, step: int, paths: list[Path]) -> None:
+        """Clips that the model made after `step` steps, to the trackers that show them."""
+        log_clips(self.accelerator, step, paths)
+
     def close(self) -> None:
         self.bar.close()
         if self.writes:
             self.file.close()
-            self.board.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def _draw(self, step: int, kind: str, figures: dict) -> None:
+        named = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
+        self.accelerator.log(named, step=step)
+
+    def _write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def _is_figure(row: dict) -> bool:
+    """Whether a line of the log is of another kind than a step's."""
+    return any(isinstance(value, dict) for value in row.values())
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """All lines of a run's log that are whole; none where there is no log yet."""
+    path = folder / LOG
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The log of a run, a dictionary per step."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in read_rows(folder) if not _is_figure(row)]
+
+
+def read_figures(folder: Path, kind: str) -> list[tuple[int, dict]]:
+    """(steps done, figures) of a kind, as `samples`, by step."""
+    return [(row["step"], row[kind]) for row in read_rows(folder) if kind in row]

@@ -65,6 +65,13 @@ class TrainConfig:
     mixed_precision: str = _setting("fp32", "fp32 or bf16")
     workers: int = _setting(0, "processes that read latents ahead")
     checkpoint_every: int = _setting(100, "steps between checkpoints")
+    sample_every: int = _setting(0, "steps between samples, from step 0 to the end; 0: none")
+    sample_captions: str = _setting("", "what of: a .txt with a caption on each line, or a caption")
+    sample_pictures: str = _setting("", "cache of held-out clips whose pictures get a sound (tiny)")
+    sample_count: int = _setting(4, "clips of each caption, or pictures, at every sampling")
+    sample_steps: int = _setting(0, "sampling steps; 0: the model's own number")
+    metric: str = _setting("", "module:function, a figure of samples of your own; more by commas")
+    log_with: str = _setting("tensorboard", "tensorboard, wandb, …, several by commas, or none")
     resume: bool = _setting(False, "go on from the last checkpoint in output")
     push_to_hub: str = _setting("", "repository of the hub that gets the weights and their card")
     seed: int = _setting(0, "everything random follows from it")
@@ -95,6 +102,7 @@ class TrainConfig:
         parse_rule(self.rules)
         lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
         lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "cache_reference", "workers"), 0)
+        lowest |= {"sample_every": 0, "sample_count": 1, "sample_steps": 0}
         lowest["shift_bound"] = 0
         lowest |= dict.fromkeys(("sft_weight", "beta_video", "beta_audio"), 0)
         for name, least in lowest.items():

@@ -13,7 +13,6 @@ do.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from accelerate import Accelerator
 from torch import Generator, Tensor
 
 from syncdpo.data.buckets import Bucket, take_format
+from syncdpo.data.chance import generator
 from syncdpo.models import Model, Streams
 from syncdpo.negatives import PairDraw, draw_pairs
 from syncdpo.negatives.curriculum import Schedule
@@ -214,9 +214,3 @@ class Dice:
             generator=source,
             device=self.device,
         )
-
-
-def generator(*key) -> Generator:
-    """A source of random numbers on the CPU that is a function of `key`."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "little"))

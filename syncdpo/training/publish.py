@@ -19,7 +19,7 @@ from syncdpo.training.config import TrainConfig, dump_config
 
 CARD = "README.md"
 FILES = (LORA, FULL, "config.json", CARD)  # what goes to the hub; logs and checkpoints stay
-PATHS = ("data", "output", "model", "weights")
+PATHS = ("data", "output", "model", "weights", "sample_pictures", "sample_captions")
 
 
 def check(config: TrainConfig) -> None:
@@ -56,7 +56,9 @@ def shareable(config: TrainConfig) -> TrainConfig:
         **{
             name: Path(value).name
             for name, value in kept.items()
-            if value and not (name == "model" and on_hub(value))
+            if value
+            and not (name == "model" and on_hub(value))
+            and not (name == "sample_captions" and not value.endswith(".txt"))
         },
     )
 

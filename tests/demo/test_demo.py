@@ -111,5 +111,7 @@ def test_page_needs_nothing_beside_it(demo):
     page = (demo[0].output / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{5})', page)
     assert len(sources) == 2 + 4 * 2  # two pictures, two clips of each method
+    assert page.count('poster="data:image/png') == 4 * 2
+    assert page.count('<svg class="events"') == 4 * 2
     assert set(sources) == {"data:"}
     assert "$" not in re.sub(r'"data:[^"]*"', "", page)

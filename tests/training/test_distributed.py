@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from syncdpo.cli import app
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
+from syncdpo.training.checkpoint import read_figures
 from syncdpo.training.sharding import keep_precision
 
 HERE = Path(__file__).parents[1]
@@ -70,5 +71,9 @@ def test_the_command_line_in_two_processes_equals_one(tmp_path):
     one = ("train", *settings, "--output", tmp_path / "one", "--batch-size", 2)
     assert CliRunner().invoke(app, [str(word) for word in one]).exit_code == 0
     two = ("train", *settings, "--output", tmp_path / "two", "--batch-size", 1)
-    launch("ddp_8_gpus.yaml", "-m", "syncdpo", *two)
+    # One of them samples meanwhile, and the other waits.
+    samples = ("--sample-every", 10, "--sample-captions", "a ball", "--sample-steps", 2)
+    launch("ddp_8_gpus.yaml", "-m", "syncdpo", *two, *samples, "--sample-count", 1)
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+    assert [step for step, _ in read_figures(tmp_path / "two", "samples")] == [0, 10, 20]
+    assert len(list((tmp_path / "two" / "samples").glob("step-*/*.mp4"))) == 3

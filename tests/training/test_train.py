@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ def test_sigkill_at_random_steps_twenty_times(undisturbed, tmp_path):
             assert load_file(path), path  # whole, whenever it is looked at
         if child.exitcode == 0:  # it came to its end: start over, the kills are not done
             assert_same(undisturbed, outcome(tmp_path), rtol=1e-5)
-            for path in tmp_path.glob("*"):
+            for path in filter(Path.is_file, tmp_path.glob("*")):
                 path.unlink()
     final = context.Process(target=run_or_resume, args=(tmp_path,))
     final.start()

@@ -8,8 +8,8 @@ by a rule. How this script simplifies and departs from it:
 - The reference is the adapter switched off, or as it was loaded (LoRA), a frozen copy (full
   weights), or a table of its errors made once (`cache_reference`), after which no reference model
   is needed at all.
-- One optimizer, AdamW, its moments in 32 bits or 8; no moving average of the weights; no
-  validation inside the loop.
+- One optimizer, AdamW, its moments in 32 bits or 8; no moving average of the weights. Held-out
+  figures are of fixed draws, by forwards alone (`training/validation.py`).
 
 Everything random is a pure function of (seed, step): which clips, which σ, which ε, which
 distortion. So a run that was killed goes on with the same losses, and N processes train on what one
@@ -51,13 +51,22 @@ from syncdpo.training.adapter import (
     merge_adapter,
     train_adapter,
 )
-from syncdpo.training.checkpoint import Log, finished_weights, load_checkpoint, save_checkpoint
+from syncdpo.training.checkpoint import (
+    Log,
+    best_weights,
+    finished_weights,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from syncdpo.training.config import TrainConfig, TrainingDiverged
 from syncdpo.training.dice import Dice, Order, Roll
 from syncdpo.training.optimizers import make_optimizer
 from syncdpo.training.samples import Samples, waiting
 from syncdpo.training.sharding import check_shardable, keep_precision, place_frozen, place_trained
 from syncdpo.training.trackers import tracker_names
+from syncdpo.training.validation import Validation, hold_out
+from syncdpo.training.watchdog import Watchdog
 
 PRECISION = {"fp32": "no", "bf16": "bf16"}  # accelerate's names
 PATIENCE = 10  # steps in a row without a finite gradient before the run stops
@@ -68,15 +77,18 @@ def train(
     model: Model | None = None,
     data: Dataset | None = None,
     *,
+    held_out: Dataset | None = None,
     progress: bool = True,
 ) -> dict:
     """Run `config`: weights, log and checkpoints go to `config.output`.
 
     model, data: instead of those that `config` names; `data` gives what `model.encode` does.
+    held_out: clips to validate on, instead of `validation` or `validation_data`.
 
-    Returns {"steps", "seconds", "cpu_seconds", "skipped"}. Raises ValueError for settings or data
-    that do not fit, TrainingDiverged when no step counts any more; the last good checkpoint is then
-    in place.
+    Returns {"steps", "seconds", "cpu_seconds", "skipped", "kept_step", "warnings"}: the step whose
+    weights were saved, and what the watchdog said, to the main process alone. Raises ValueError for
+    settings or data that do not fit, TrainingDiverged when no step counts any more; the last good
+    checkpoint is then in place.
     """
     publish.check(config)
     accelerator = Accelerator(
@@ -96,6 +108,7 @@ def train(
         data = open_latents(config.data, model, progress=progress and writes)
         if writes and hasattr(data, "summary"):  # whatever is left out, and why
             print(data.summary, file=sys.stderr)
+    data, held_out = hold_out(config, model, data, held_out, progress and writes)
     policy, reference = policy_and_reference(config, model, base, accelerator.device)
     optimizer = make_optimizer(config, policy.parameters())
     # Modules reach their device here; sharded ones (FSDP2) in pieces, never whole.
@@ -109,14 +122,26 @@ def train(
     dice = Dice(config, model, difficulty, order, accelerator.device)
     learner = Learner(config, accelerator, model, policy, reference, progress and writes)
     del reference  # the learner's alone: once its errors are known, it goes
+    keep_best = partial(save_best, config, policy, state, writes=writes)
+    validation = Validation(config, model, held_out, accelerator, state, keep_best)
+    state["validation"] = validation.state
+    if config.method == "syncdpo" and config.reference == "base":
+        with learner._reference() as base:
+            validation.against(base)
     if config.cache_reference and config.method == "syncdpo":
         learner.cache_reference(data, dice)
     micro_steps = order.micro_steps(state["step"])
     batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
-    log = Log(config, state["step"], accelerator, progress)
+    watchdog = Watchdog(config, len(data), accelerator.num_processes)
+    log = Log(config, state["step"], accelerator, progress, watchdog)
 
     streak, since = 0, {name: now - state[name] for name, now in clocks().items()}
+    if not state["step"]:
+        validation(0, policy, log)
+
     for step in range(state["step"], config.steps):
+        if validation.out_of_patience:
+            break
         with off_the_clock(since):
             samples.take(step, log)
         for group in optimizer.param_groups:
@@ -145,21 +170,28 @@ def train(
                 f"no finite gradient in {PATIENCE} steps, the last of them {step}; the last good "
                 f"checkpoint is in {config.output}. Try a lower learning_rate or beta."
             )
-        if not streak and (
-            state["step"] % config.checkpoint_every == 0 or step + 1 == config.steps
-        ):
+        validation(state["step"], policy, log)
+        ends = state["step"] == config.steps or validation.out_of_patience
+        if not streak and (state["step"] % config.checkpoint_every == 0 or ends):
             save_checkpoint(config, policy, optimizer, difficulty, state, writes)
 
     samples.take(state["step"], log, last=True)
-    weights = finished_weights(config, policy)
+    kept = validation.kept_step(state["step"])
+    if kept == state["step"]:
+        weights = finished_weights(config, policy)
+    elif writes:
+        weights = best_weights(config, kept)
     if writes:
+        about |= {"step": str(kept)}  # of the weights
         model.save_weights(Path(config.output), weights, about=about)
         publish.write_card(config, about, len(data))
+        watchdog.sum_up()
     log.close()
     accelerator.wait_for_everyone()
     if writes and config.push_to_hub:
         print(publish.upload(Path(config.output), config.push_to_hub), file=sys.stderr)
-    return {"steps": config.steps} | {k: state[k] for k in (*since, "skipped")}
+    told = {"kept_step": kept, "warnings": watchdog.said}
+    return {"steps": state["step"]} | {k: state[k] for k in (*since, "skipped")} | told
 
 
 # --- what is trained ------------------------------------------------------------------------------
@@ -283,6 +315,8 @@ class Learner:
             "video_error_lose": stats.policy_lose[0].mean(),
             "audio_error_win": stats.policy_win[1].mean(),
             "audio_error_lose": stats.policy_lose[1].mean(),
+            "video_reference_win": stats.reference_win[0].mean(),
+            "audio_reference_win": stats.reference_win[1].mean(),
             "difficulty": pairs.difficulty.mean(),
             "valid": pairs.valid.float().mean(),
         }

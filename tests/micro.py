@@ -59,10 +59,10 @@ def outcome(folder):
     return read_log(folder), load_file(file)
 
 
-def run_or_resume(folder):
+def run_or_resume(folder, **settings):
     """In a process of its own, to be killed at any time."""
     torch.set_num_threads(1)
-    run(folder, resume=True, checkpoint_every=1)
+    run(folder, resume=True, **{"checkpoint_every": 1} | settings)
 
 
 def one_of_two(rank, port, folder):

@@ -21,7 +21,7 @@ MAY_USE = {
     "train": {"training", "models", "negatives", "data", "ops"},
     "sampling": {"models", "data"},
     "evaluation": {"data", "metrics"},
-    "training": {"sampling", "evaluation", "models", "negatives", "data", "metrics"},
+    "training": {"sampling", "evaluation", "models", "negatives", "data", "metrics", "ops"},
     "models": {"negatives", "data", "ops", "versions"},
     "negatives": {"ops"},
     "data": {"metrics"},

@@ -21,6 +21,9 @@ RUNS = {
         "gradient_checkpointing": True, "checkpoint_every": 7,
     },
     "onward": {"weights": "lora", "lora_rank": 3},  # from the run above, against it
+    "watched": {
+        "validation": 0.5, "validate_every": 7, "keep": "best", "clips": 16, "checkpoint_every": 7,
+    },
     "bf16": {"mixed_precision": "bf16", "dtype": torch.bfloat16, "lora_rank": 2},
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def train(
     result = _run(chosen)
     typer.echo(
         f"{result['steps']} steps in {result['seconds']:.0f} s, {result['skipped']} skipped; "
-        f"weights in {chosen.output}"
+        f"weights of step {result['kept_step']} in {chosen.output}"
     )
 
 

@@ -141,6 +141,14 @@ def recorded_buckets(identity: dict) -> list[Bucket]:
     return [Bucket(*numbers) for numbers in identity.get("buckets", ())]
 
 
+def present_format(model) -> Bucket | None:
+    """The clip format that a model is in; None for one that has no other."""
+    if not hasattr(model, "set_format"):
+        return None
+    clip = model.clip_format
+    return Bucket(round(clip.seconds * clip.fps), clip.height, clip.width, clip.fps)
+
+
 def commonest(buckets: Sequence[Bucket | None]) -> Bucket | None:
     """The one of most clips; the first of equals."""
     return Counter(buckets).most_common(1)[0][0]

@@ -233,6 +233,11 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def names(self) -> list[str]:
+        """What each clip is called: its source's path."""
+        return [clip["source"] for clip in self.clips]
+
     def _check_files(self) -> None:
         """Whether each file is as long as its header says, of this cache's model and its bucket."""
         ours = digest(self.identity)

@@ -142,6 +142,11 @@ class PrecomputedDataset(Dataset):
         sample["audio"] = sample["audio"][:audio_frames]
         return {name: x.to(self._dtypes[name]).contiguous() for name, x in sample.items()}
 
+    @property
+    def names(self) -> list[str]:
+        """What each clip is called: its latents' path."""
+        return [path.relative_to(self.root / "latents").as_posix() for path in self.clips]
+
     # --- opening ----------------------------------------------------------------------------------
 
     def _choose(self, found: dict[Path, ClipShape], model) -> dict[Path, Bucket]:

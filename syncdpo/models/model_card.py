@@ -33,6 +33,7 @@ def model_card(
     clips: int,
     all_settings: str,
     repository: str = "",
+    step: str = "",
 ) -> str:
     """README.md for the weights of a run: YAML that the hub reads, then text for people.
 
@@ -40,6 +41,7 @@ def model_card(
         "fingerprint".
     settings: of the run, by name; all_settings: all of them as yaml. clips: how many it saw.
     repository: of the hub, where these weights will be; a folder's name stands for it else.
+    step: after which of its steps they were what they are; the last one by default.
     """
     lora = bool(settings["lora_rank"])
     published = base["repository"] or PUBLISHED.get(base["version"] or "")
@@ -59,7 +61,7 @@ def model_card(
         f"# {title}",
         f"{'A LoRA for' if lora else 'All weights of'} {_base(base)}, from "
         f"{METHODS[str(settings['method'])]}. The base's licence applies to them.",
-        _facts(base, settings, clips),
+        _facts(base, settings, clips, step),
         "## How to load it",
         _loading(lora, published, base, repository or title),
         "## All settings",
@@ -74,10 +76,13 @@ def _base(base: Mapping[str, str | None]) -> str:
     return f"LTX-2 of version {base['version']} (`{base['name']}`)"
 
 
-def _facts(base: Mapping[str, str | None], settings: Mapping[str, object], clips: int) -> str:
+def _facts(
+    base: Mapping[str, str | None], settings: Mapping[str, object], clips: int, step: str
+) -> str:
     shown = [name for name in FACTS if settings["method"] == "syncdpo" or name not in OF_PAIRS]
     rows = [("base", f"`{base['name']}`, weights `{base['fingerprint']}`"), ("clips", clips)]
     rows += [(name.replace("_", " "), f"`{settings[name]}`") for name in shown]
+    rows += [("weights of step", f"`{step}`")] * bool(step)
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 

@@ -26,7 +26,7 @@ from syncdpo.models.lora_keys import (
 FULL = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"  # the one that is loaded, trained and saved
-CHECKPOINTS = "checkpoint-"  # of a run: beginnings of names that are no weights to load
+CHECKPOINTS = ("checkpoint-", "best-")  # of a run: beginnings of names that wait to be finished
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,10 +33,12 @@ from syncdpo.training.trackers import log_clips, start_trackers
 KEPT = 2
 LOG = "log.jsonl"
 PATTERN = "checkpoint-*.safetensors"
+BEST = "best-{:06d}.safetensors"
 # Settings that may differ between a run and its continuation: they change no step.
 FREE = {
     "resume", "checkpoint_every", "workers", "output", "data", "offload", "allow_partial",
-    "push_to_hub", "sample_every", "sample_count", "metric", "log_with",
+    "push_to_hub", "sample_every", "sample_count", "metric", "log_with", "validation_data",
+    "validate_every", "keep", "winner_bound", "patience",
 }  # fmt: skip
 # Full tensors on the CPU, whatever wraps the model; of a LoRA run the adapter alone.
 TRAINED = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -65,12 +69,14 @@ def save_checkpoint(
     write_atomic(output / f"checkpoint-{progress['step']:06d}.safetensors", content)
     for old in sorted(output.glob(PATTERN))[:-KEPT]:
         old.unlink()
+    _forget_best(output, progress)
 
 
 def load_checkpoint(
     config: TrainConfig, policy: nn.Module, optimizer: Optimizer, difficulty: Schedule
 ) -> dict:
-    """Progress so far, {"step", "seconds", "cpu_seconds", "skipped"}; zeros for a fresh run.
+    """Progress so far, {"step", "seconds", "cpu_seconds", "skipped", "validation"}; zeros, and
+    nothing of a validation, for a fresh run.
 
     Raises ValueError where a fresh run would overwrite checkpoints, or a resumed one has other
     settings than its beginning.
@@ -81,7 +87,7 @@ def load_checkpoint(
     if found and not config.resume:
         raise ValueError(f"output: {output} holds a run; resume it, or choose another folder")
     if not found:
-        return {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "skipped": 0}
+        return {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "skipped": 0, "validation": None}
     remove_leftovers(output)
     with safe_open(found[-1], "pt") as file:
         header = json.loads(file.metadata()["syncdpo"])
@@ -107,7 +113,68 @@ def load_checkpoint(
             options=LOADED,
         )
     difficulty.load_state_dict(header["difficulty"])
-    return header["progress"]
+    progress = {"validation": None} | header["progress"]
+    _check_best(config, progress)
+    return progress
+
+
+def save_best(
+    config: TrainConfig, policy: nn.Module, progress: dict, step: int, writes: bool
+) -> None:
+    """What `finished_weights` are after `step` steps, on disk. Every process must call it.
+
+    Beside it stay the best ones that checkpoints speak of: a run that goes on from one of them has
+    its best one still, whatever was found, and lost, after that.
+    """
+    weights = finished_weights(config, policy)
+    if writes:
+        content = save({name: tensor.contiguous() for name, tensor in weights.items()})
+        write_atomic(_best_file(config, step), content)
+        _forget_best(Path(config.output), progress)
+
+
+def best_weights(config: TrainConfig, step: int) -> dict[str, Tensor]:
+    """What `save_best` wrote for that step. Raises ValueError where it is gone."""
+    path = _best_file(config, step)
+    if not path.is_file():
+        raise ValueError(
+            f"keep: expected the best weights in {path}, which are gone; `keep: last` saves those "
+            "of the last step"
+        )
+    return load_file(path)
+
+
+def _check_best(config: TrainConfig, progress: dict) -> None:
+    """Where the best weights so far are not on disk, and wanted, there is no best so far."""
+    best = (progress["validation"] or {}).get("best")
+    if not best or config.keep != "best" or _best_file(config, best["step"]).is_file():
+        return
+    progress["validation"]["best"] = None
+    if PartialState().is_main_process:
+        print(
+            f"keep: the weights of step {best['step']}, the best so far, are not in "
+            f"{config.output}; the best is looked for from step {progress['step']} on",
+            file=sys.stderr,
+        )
+
+
+def _best_file(config: TrainConfig, step: int) -> Path:
+    return Path(config.output) / BEST.format(step)
+
+
+def _forget_best(output: Path, progress: dict) -> None:
+    """Remove the best weights of steps that neither this run nor a checkpoint calls the best."""
+    headers = [_header(path)["progress"] for path in output.glob(PATTERN)]
+    bests = [(p.get("validation") or {}).get("best") for p in (progress, *headers)]
+    wanted = {BEST.format(best["step"]) for best in bests if best}
+    for path in output.glob(BEST.replace("{:06d}", "*")):
+        if path.name not in wanted:
+            path.unlink()
+
+
+def _header(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["syncdpo"])
 
 
 def _trained_state(
@@ -157,12 +224,22 @@ def _check_same_run(then: dict, now: dict, output: Path) -> None:
 class Log:
     """A line of JSON per step in log.jsonl, trackers beside it, and a progress bar.
 
-    Figures that are no step's are lines too, under the name of their kind: after so many steps.
+    Other lines tell what was found after so many steps: {"step": 40, "validation": {…}}.
+    watch: is shown every line, and whether it is new: those of before `step`, which a run that
+        goes on keeps, are not.
     """
 
-    def __init__(self, config: TrainConfig, step: int, accelerator: Accelerator, progress: bool):
+    def __init__(
+        self,
+        config: TrainConfig,
+        step: int,
+        accelerator: Accelerator,
+        progress: bool,
+        watch: Callable[[dict, bool], None] = lambda row, new: None,
+    ):
         self.writes, self.accelerator = accelerator.is_main_process, accelerator
-        self.began = step
+        self.began, self.watch = step, watch
+        self.shown: dict[str, str] = {}
         self.bar = tqdm(
             total=config.steps,
             initial=step,
@@ -176,12 +253,13 @@ class Log:
         path = Path(config.output) / LOG
         # What a killed run wrote after its last checkpoint happens once more.
         rows = read_rows(path.parent) if step else []
-        self.before = [row for row in rows if row["step"] < step + _is_figure(row)]
+        self.before = [row for row in rows if row["step"] < step + (not is_step(row))]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.before).encode())
         self.file = path.open("a")
         start_trackers(accelerator, config, step)
         for row in self.before:
-            for kind in row.keys() - {"step"} if row["step"] == step and _is_figure(row) else ():
+            self.watch(row, False)
+            for kind in row.keys() - {"step"} if row["step"] == step and not is_step(row) else ():
                 self._draw(step, kind, row[kind])  # TensorBoard forgets it with the steps to come
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
@@ -190,21 +268,26 @@ class Log:
         self._write({"step": step} | metrics)
         self._draw(step, "train", metrics)
         shown = {"loss": "loss", "accuracy": "implicit_accuracy", "difficulty": "difficulty"}
-        self.bar.set_postfix(
-            {label: f"{metrics[name]:.3f}" for label, name in shown.items() if name in metrics}
-        )
+        self.shown |= {
+            label: f"{metrics[name]:.3f}" for label, name in shown.items() if name in metrics
+        }
+        self.bar.set_postfix(self.shown)
         self.bar.update()
 
     def known(self, kind: str) -> set[int]:
         """After how many steps an earlier part of this run noted figures of a kind."""
         return {row["step"] for row in self.before if kind in row}
 
-    def found(self, step: int, kind: str, figures: dict) -> None:
-        """What was found after `step` steps, as "samples"."""
+    def found(
+        self, step: int, kind: str, figures: dict, shown: dict[str, str] | None = None
+    ) -> None:
+        """What was found after `step` steps; `shown` stands in the progress bar from then on."""
         if not self.writes:
             return
         self._write({"step": step, kind: figures})
         self._draw(step, kind, figures)
+        self.shown |= shown or {}
+        self.bar.set_postfix(self.shown)
 
     def clips(self, step: int, paths: list[Path]) -> None:
         """Clips that the model made after `step` steps, to the trackers that show them."""
@@ -218,17 +301,14 @@ class Log:
                 tracker.finish()
 
     def _draw(self, step: int, kind: str, figures: dict) -> None:
-        named = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
+        numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
+        named = {f"{kind}/{name}": value for name, value in numbers.items()}
         self.accelerator.log(named, step=step)
 
     def _write(self, row: dict) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-
-
-def _is_figure(row: dict) -> bool:
-    """Whether a line of the log is of another kind than a step's."""
-    return any(isinstance(value, dict) for value in row.values())
+        self.watch(row, True)
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -240,9 +320,14 @@ def read_rows(folder: Path) -> list[dict]:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The log of a run, a dictionary per step."""
-    return [row for row in read_rows(folder) if not _is_figure(row)]
+    return [row for row in read_rows(folder) if is_step(row)]
 
 
 def read_figures(folder: Path, kind: str) -> list[tuple[int, dict]]:
     """(steps done, figures) of a kind, as `samples`, by step."""
     return [(row["step"], row[kind]) for row in read_rows(folder) if kind in row]
+
+
+def is_step(row: dict) -> bool:
+    """Whether a line of the log is of a training step."""
+    return not any(isinstance(value, dict) for value in row.values())

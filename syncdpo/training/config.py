@@ -72,6 +72,12 @@ class TrainConfig:
     sample_steps: int = _setting(0, "sampling steps; 0: the model's own number")
     metric: str = _setting("", "module:function, a figure of samples of your own; more by commas")
     log_with: str = _setting("tensorboard", "tensorboard, wandb, …, several by commas, or none")
+    validation: float = _setting(0.0, "share of the clips, by their names, to measure on alone")
+    validation_data: str = _setting("", "cache of other clips to measure on alone")
+    validate_every: int = _setting(0, "steps between validations; 0: as costs a twentieth at most")
+    keep: str = _setting("last", "whose weights are left: the last step's, or the best one's")
+    winner_bound: float = _setting(3.0, "the best one's error on winners, of the reference's")
+    patience: int = _setting(0, "validations without a better one that end the run; 0: none do")
     resume: bool = _setting(False, "go on from the last checkpoint in output")
     push_to_hub: str = _setting("", "repository of the hub that gets the weights and their card")
     seed: int = _setting(0, "everything random follows from it")
@@ -93,6 +99,7 @@ class TrainConfig:
             "logistic": ("joint", "separate"),
             "mixed_precision": ("fp32", "bf16"),
             "curriculum": tuple(SCHEDULES),
+            "keep": ("last", "best"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -103,12 +110,12 @@ class TrainConfig:
         lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
         lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "cache_reference", "workers"), 0)
         lowest |= {"sample_every": 0, "sample_count": 1, "sample_steps": 0}
-        lowest["shift_bound"] = 0
+        lowest |= dict.fromkeys(("shift_bound", "validate_every", "patience"), 0)
         lowest |= dict.fromkeys(("sft_weight", "beta_video", "beta_audio"), 0)
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "winner_bound"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         for name, whole in (("base_precision", "bf16"), ("offload", "none")):
@@ -124,6 +131,12 @@ class TrainConfig:
             )
         if not 0 <= self.matched <= 1:
             raise ValueError(f"matched: expected 0 to 1, got {self.matched}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation: expected 0 to below 1, got {self.validation}")
+        if self.validation and self.validation_data:
+            raise ValueError(
+                f"validation: expected 0 beside validation_data, got {self.validation}"
+            )
         if self.draws and self.cache_reference not in (0, self.draws):
             raise ValueError(
                 f"cache_reference: expected as many draws per clip as draws says, {self.draws}, "

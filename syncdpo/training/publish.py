@@ -19,7 +19,9 @@ from syncdpo.training.config import TrainConfig, dump_config
 
 CARD = "README.md"
 FILES = (LORA, FULL, "config.json", CARD)  # what goes to the hub; logs and checkpoints stay
-PATHS = ("data", "output", "model", "weights", "sample_pictures", "sample_captions")
+PATHS = (
+    "data", "validation_data", "output", "model", "weights", "sample_pictures", "sample_captions",
+)  # fmt: skip
 
 
 def check(config: TrainConfig) -> None:
@@ -79,7 +81,13 @@ def write_card(config: TrainConfig, told: Mapping[str, str], clips: int) -> None
     title = (config.push_to_hub or Path(config.output).resolve().name).rpartition("/")[2]
     settings = shareable(config)
     card = model_card(
-        title, base, asdict(settings), clips, dump_config(settings), config.push_to_hub
+        title,
+        base,
+        asdict(settings),
+        clips,
+        dump_config(settings),
+        config.push_to_hub,
+        told.get("step", ""),
     )
     write_atomic(Path(config.output) / CARD, card.encode())
 

@@ -62,9 +62,9 @@ class Samples:
             )
         if config.offload != "none":
             raise ValueError(
-                f"sample_every: expected 0 with offload {config.offload}, as the pipeline wants the "
-                f"whole model on the device, got {self.every}; `syncdpo sample --weights` makes "
-                "clips of what such a run leaves"
+                f"sample_every: expected 0 with offload: {config.offload}, for the pipeline wants "
+                f"the whole model on the device, got {self.every}; `syncdpo sample --weights` "
+                "makes clips of what such a run leaves"
             )
         self.captions = _captions(config, model, accelerator.is_main_process)
         self.metrics = _metrics(config, accelerator.is_main_process)

@@ -13,7 +13,7 @@ from syncdpo.cli import app
 from syncdpo.data.clips import read_clip, write_clip
 from syncdpo.data.synthetic import render_clip
 from syncdpo.models.weights import LORA
-from syncdpo.training.checkpoint import read_log
+from syncdpo.training.checkpoint import read_log, read_rows
 
 SIZE = ("--frames", 41, "--height", 64, "--width", 64)
 
@@ -60,6 +60,22 @@ def test_the_lora_changed_and_its_log_is_finite(trained):
     log = read_log(output)
     assert len(log) == 3
     assert all(entry["skipped"] == 0 for entry in log)
+
+
+def test_captioned_clips_are_held_out(trained):
+    """Whatever conditions a model has; another output, the same cache on both sides."""
+    folder, output = trained
+    watched = output.with_name(f"{output.name}-watched")
+    method = ("--method", output.name, "--validation-data", folder / "cache", "--keep", "best")
+    invoke(
+        "train", "--model", folder / "model", "--data", folder / "cache", "--output", watched,
+        "--lora-rank", 2, "--steps", 3, "--batch-size", 2, "--rules", "shift", "--warmup", 0,
+        "--learning-rate", 1e-2, "--gradient-checkpointing", "--validate-every", 1, *method,
+    )  # fmt: skip
+    assert read_log(watched) == read_log(output)
+    figures = [row["validation"] for row in read_rows(watched) if "validation" in row]
+    assert [f["clips"] for f in figures] == [3] * 4
+    assert figures[0]["winner_ratio"] == 1 != figures[3]["winner_ratio"]
 
 
 def test_the_pipeline_takes_the_lora(trained):

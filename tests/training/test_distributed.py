@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from syncdpo.cli import app
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
-from syncdpo.training.checkpoint import read_figures
+from syncdpo.training.checkpoint import read_figures, read_rows
 from syncdpo.training.sharding import keep_precision
 
 HERE = Path(__file__).parents[1]
@@ -25,13 +25,31 @@ HERE = Path(__file__).parents[1]
 IDLE = r"attn2\.(to|norm)_[qk]\."
 
 
+def assert_same_figures(first, second):
+    """Held-out ones; margins to the rounding of an error of 2, times β."""
+    figures, others = (
+        {row["step"]: row["validation"] for row in read_rows(folder) if "validation" in row}
+        for folder in (first, second)
+    )
+    assert list(figures) == list(others) == [0, 7, 14, 20]
+    for step, expected in figures.items():
+        assert others[step] == pytest.approx(expected, rel=1e-5, abs=1e-5), step
+    assert figures[20]["clips"] == 7  # four batches of two over two processes, the last of one
+    assert figures[20]["winner_ratio"] != 1
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(alone_folder):
     """Each run in one process: {name: (log, weights)}."""
-    folder, outcomes = tmp_path_factory.mktemp("alone"), {}
+    outcomes = {}
     for name in RUNS:
         AcceleratorState._reset_state()  # one process of accelerate's has one precision
-        outcomes[name] = run(folder / name, **settings_in(folder, name))
+        outcomes[name] = run(alone_folder / name, **settings_in(alone_folder, name))
     AcceleratorState._reset_state()
     return outcomes
 
@@ -39,7 +57,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "kind"), [("ddp_8_gpus.yaml", "MULTI_CPU"), ("fsdp2_8_gpus.yaml", "FSDP")]
 )
-def test_two_processes_equal_one(alone, tmp_path, config, kind):
+def test_two_processes_equal_one(alone, alone_folder, tmp_path, config, kind):
     """All weights, the audio's with a cached reference, a resumed LoRA; whole or in shards."""
     printed = launch(config, HERE / "two_processes.py", tmp_path)
     assert printed.count(f"{kind} in 2 processes") == 2 * len(RUNS)
@@ -49,6 +67,7 @@ def test_two_processes_equal_one(alone, tmp_path, config, kind):
             torch.testing.assert_close(losses(found[0]), losses(expected[0]), rtol=2**-9, atol=0)
         else:
             assert_same(expected, found, ignore=IDLE)
+    assert_same_figures(alone_folder / "watched", tmp_path / "watched")
 
 
 def test_the_first_fsdp_is_refused():

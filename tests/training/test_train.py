@@ -1,8 +1,6 @@
 """Training: the same numbers however a run is cut into processes, micro-steps, halves or pieces."""
 
 import math
-import multiprocessing
-import os
 import random
 import signal
 import time
@@ -13,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from micro import STEPS, micro_model, one_of_two, outcome, random_latents, run, run_or_resume
-from processes import PYTHONPATH
+from processes import processes
 from safetensors.torch import load_file
 
 from syncdpo.models.tiny import Tiny
@@ -318,15 +316,6 @@ def test_sigkill_at_random_steps_twenty_times(undisturbed, tmp_path):
     final.join()
     assert final.exitcode == 0
     assert_same(undisturbed, outcome(tmp_path), rtol=1e-5)
-
-
-def processes():
-    """Children of a server that has torch imported: a kill costs a fraction of a second."""
-    # Python 3.11's server looks for what it preloads on its own path, not on ours.
-    os.environ["PYTHONPATH"] = PYTHONPATH
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["micro"])
-    return context
 
 
 def test_a_nan_clip_skips_its_steps_and_is_counted(tmp_path):

@@ -139,8 +139,8 @@ class Validation:
     progress: of the run, as its last checkpoint has it: `step`, and what `state` then was.
 
     What is best: the highest accuracy at the highest difficulty among the validations whose
-    winners' error is at most `winner_bound` times r's; of equals, the lowest `sft_loss`: who is as
-    good at telling a pair and has forgotten less. Step 0 takes part.
+    winners' error is not beyond chance above `winner_bound` times r's; of equals, the lowest
+    `sft_loss`: who is as good at telling a pair and has forgotten less. Step 0 takes part.
     """
 
     def __init__(
@@ -226,9 +226,11 @@ class Validation:
         None where no pair counts.
         """
         margins = self._margins(errors, reference)
-        ratios = (errors[:, 0].mean(0) / reference[:, 0].mean(0)).tolist()
+        ratios, least = (x.tolist() for x in ratio_of_means(errors[:, 0], reference[:, 0]))
+        finite = all(map(math.isfinite, ratios))
         figures = {
-            "winner_ratio": max(ratios) if all(map(math.isfinite, ratios)) else math.nan,
+            "winner_ratio": max(ratios) if finite else math.nan,
+            "winner_ratio_least": max(least) if finite else math.nan,
             "video_ratio": ratios[0],
             "audio_ratio": ratios[1],
             "sft_loss": errors[:, 0].mean(0).sum().item(),
@@ -255,7 +257,7 @@ class Validation:
     def _is_best(self, step: int, figures: dict) -> bool:
         best = self.state["best"]
         accuracy, loss = figures[f"accuracy_{DIFFICULTIES[-1]:g}"], figures["sft_loss"]
-        kept = accuracy is not None and figures["winner_ratio"] <= self.config.winner_bound
+        kept = accuracy is not None and figures["winner_ratio_least"] <= self.config.winner_bound
         if kept and (best is None or (accuracy, -loss) > (best["accuracy"], -best["sft_loss"])):
             self.state["best"] = {"step": step, "accuracy": accuracy, "sft_loss": loss}
             self.state["without_better"] = 0
@@ -367,6 +369,22 @@ class Draw:
     sigma: Streams
     seed: Tensor
     pairs: PairDraw
+
+
+def ratio_of_means(above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """r = mean above ÷ mean below, over clips, and what it is at least, beyond chance:
+
+        r · exp(−2 s / r),    s = sd(above − r · below) ÷ (√clips · mean below)
+
+    two standard errors less, as a factor. At noise levels where the reference is nearly right, an
+    error can be thirty times the reference's, and elsewhere the same: of few clips, chance decides
+    how many are of which kind. r itself, of a single clip.
+    """
+    ratio = above.mean(0) / below.mean(0)
+    if len(above) == 1:
+        return ratio, ratio
+    spread = (above - ratio * below).std(0) / (len(above) ** 0.5 * below.mean(0))
+    return ratio, ratio * torch.exp(-2 * spread / ratio)
 
 
 def _winner_and_losers(clean: Streams, draws: Sequence[PairDraw]) -> tuple[list[Streams], Tensor]:

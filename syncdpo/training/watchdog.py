@@ -27,6 +27,9 @@ FILE = "warnings.txt"
 # Steps that are looked at together: the errors of one depend on the noise levels it drew.
 WINDOW = 8
 BEGINNING = 16  # clips
+# So few held-out clips may by chance all have noise levels of one kind, at which a run that ends
+# well is at 8 times the reference's error: then training's rows, of more clips, are asked.
+FEW_HELD_OUT = 16
 # Times the reference's error on winners. Runs that end well go up to 6.1 of it on the way, at their
 # highest learning rate, and come down with it; 30 times that rate reaches 1000 in four steps.
 FORGOTTEN = 10.0
@@ -99,12 +102,12 @@ class History:
 
 def winners_forgotten(history: History) -> str | None:
     """The winner's error, of the reference's: far above it, or still above it near the end."""
-    ratio, where, step = _winner_ratio(history)
+    ratio, least, where, step = _winner_ratio(history)
     if ratio is None:
         return None
     late = step >= COMING_DOWN * history.config.steps
     bound = history.config.winner_bound * (1 if where == "held-out clips" else DRAWN_ANEW)
-    if ratio <= FORGOTTEN and not (late and ratio > bound):
+    if least <= FORGOTTEN and not (late and least > bound):
         return None
     beta = "" if history.config.method == "sft" else " or beta_audio, or raise sft_weight"
     against = "what it was" if history.config.method == "sft" else "the reference's"
@@ -114,12 +117,15 @@ def winners_forgotten(history: History) -> str | None:
     )
 
 
-def _winner_ratio(history: History) -> tuple[float | None, str, int]:
-    """The latest one, of which clips, held-out ones where there are any, and after which step."""
-    if history.validations:
+def _winner_ratio(history: History) -> tuple[float | None, float | None, str, int]:
+    """The latest one, what it is at least, beyond chance, of which clips (held-out ones where there
+    are enough), and after which step."""
+    if history.validations and history.validations[-1][1]["clips"] >= FEW_HELD_OUT:
         step, figures = history.validations[-1]
-        ratio = figures["winner_ratio"]
-        return (ratio if math.isfinite(ratio) else math.inf), "held-out clips", step
+        ratio, least = figures["winner_ratio"], figures["winner_ratio_least"]
+        if not math.isfinite(least):
+            ratio = least = math.inf
+        return ratio, least, "held-out clips", step
     ratios = []
     for stream in ("video", "audio"):
         if history.config.method == "sft":
@@ -129,7 +135,8 @@ def _winner_ratio(history: History) -> tuple[float | None, str, int]:
             then = history.recent(f"{stream}_reference_win")
         if now is not None and then:
             ratios.append(now / then)
-    return max(ratios, default=None), "the clips of training", history.done
+    ratio = max(ratios, default=None)
+    return ratio, ratio, "the clips of training", history.done
 
 
 def margins_run_away(history: History) -> str | None:
@@ -209,7 +216,7 @@ def memorised(history: History) -> str | None:
 
     Not where winners are forgotten anyway: then errors go up and down by more than that.
     """
-    worst = max((figures["winner_ratio"] for _, figures in history.validations), default=0.0)
+    worst = max((figures["winner_ratio_least"] for _, figures in history.validations), default=0.0)
     # Only from where there are steps before it is there a figure of training beside it.
     validations = [(step, figures) for step, figures in history.validations if step >= WINDOW]
     if len(validations) < 3 or not worst <= FORGOTTEN:

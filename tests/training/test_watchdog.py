@@ -25,7 +25,13 @@ def healthy(steps=100, validate_every=10):
         if step % validate_every == 0:
             levels = {"accuracy_0": 0.5 + done * 0.4, "accuracy_0.5": 0.5 + done * 0.4}
             levels |= {"accuracy_1": 0.5 + done * 0.3, "margin_0": 2 * done, "margin_1": done}
-            known = {"winner_ratio": rise, "sft_loss": 0.3 * rise, "valid": 1.0, "clips": 32}
+            known = {
+                "winner_ratio": rise,
+                "winner_ratio_least": rise,
+                "sft_loss": 0.3 * rise,
+                "valid": 1.0,
+                "clips": 32,
+            }
             rows.append({"step": step, "validation": known | levels})
         if step % 20 == 0:
             rows.append({"step": step, "samples": {"events_per_clip": 3.3 + done / 5}})
@@ -74,7 +80,11 @@ def test_a_healthy_log_is_not_named():
 
 
 FAILING = {
-    "winners_forgotten": {"winner_ratio": 30.0, "audio_error_win": 9.0},
+    "winners_forgotten": {
+        "winner_ratio": 33.0,
+        "winner_ratio_least": 30.0,
+        "audio_error_win": 9.0,
+    },
     "margins_run_away": {"margin": -25.0, "margin_0": 40.0},
     "steps_skipped": {"skipped": 1},
     "pairs_alike": {"valid": 0.1},
@@ -111,13 +121,16 @@ def test_a_sentence_says_which_setting_to_change(name, settings):
 
 def test_winners_that_do_not_come_back_are_forgotten_in_the_end():
     """By the bound that the best step is chosen by; training's own rows are allowed more."""
-    rows = changed(healthy(), 60, winner_ratio=3.1)
+    rows = changed(healthy(), 60, winner_ratio=4.0, winner_ratio_least=3.1)
     found = warnings_of(rows, CONFIG, 256)
     assert step_of(found["winners_forgotten"]) == 90
     assert not names(rows, replace(CONFIG, winner_bound=3.2))
     blind = without(changed(healthy(), 60, audio_error_win=1.2), "validation")  # 4 times 0.3
     assert not names(blind)
     assert names(blind, replace(CONFIG, winner_bound=2.5)) == ["winners_forgotten"]
+    assert not names(changed(rows, 0, clips=15))  # too few to say so, against training's own rows
+    by_chance = changed(healthy(), 60, winner_ratio=4.0, winner_ratio_least=2.9)  # of few clips
+    assert not names(by_chance)
 
 
 def test_sft_is_measured_against_its_own_beginning():

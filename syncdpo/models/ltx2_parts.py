@@ -214,12 +214,14 @@ class Pipeline:
     def load(self, component: str, dtype: torch.dtype):
         if component == "transformer" and self.full is not None:
             return LTX2VideoTransformer3DModel.from_pretrained(
-                self.name, subfolder=FULL_TRANSFORMER, dtype=dtype
+                self.name, subfolder=FULL_TRANSFORMER, dtype=dtype, use_safetensors=True
             )
         if component == "scheduler":
             return FlowMatchEulerDiscreteScheduler.from_config(self.config(component))
         others = dict.fromkeys(set(NEEDED + OPTIONAL) - {component})
-        pipeline = LTX2Pipeline.from_pretrained(self.name, dtype=dtype, **others)
+        pipeline = LTX2Pipeline.from_pretrained(
+            self.name, dtype=dtype, use_safetensors=True, **others
+        )
         return getattr(pipeline, component)
 
     def fingerprint(self, component: str) -> str:
@@ -262,7 +264,9 @@ class ComponentFolder:
             raise ValueError(
                 f"{component}: expected a model of diffusers in {folder}, got {name!r}"
             )
-        return kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
 
     def fingerprint(self, component: str) -> str:
         return _fingerprint(self._folders[component])

@@ -35,7 +35,9 @@ KEPT = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 
 def load_text_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A text encoder in transformers' own layout."""
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
 
 
 def load_tokenizer_folder(folder: Path) -> PreTrainedTokenizerBase:

@@ -59,21 +59,19 @@ def hold_out(
     """(clips to train on, clips to validate on): `held_out` as given, `validation_data`, or a share
     of `data`; the latter None where nothing is to be held out.
 
-    Raises ValueError where the share leaves no clip to train or to validate on, or the held-out
-    clips have another format.
+    The held-out clips may have other formats than those that are trained on. Raises ValueError
+    where the share leaves no clip to train or to validate on.
     """
     if held_out is not None and (config.validation or config.validation_data):
         raise ValueError("held_out: expected no validation or validation_data beside it, got both")
     if config.validation_data:
-        kind = getattr(model, "clip_format", None)
+        trained = present_format(model)
         held_out = open_latents(config.validation_data, model, progress=progress)
         if progress and hasattr(held_out, "summary"):
             print(held_out.summary, file=sys.stderr)
-        if getattr(model, "clip_format", None) != kind:
-            raise ValueError(
-                f"validation_data: expected clips of the format of data, {kind}, got "
-                f"{model.clip_format} in {config.validation_data}"
-            )
+        if own := present_format(model):  # the one that opening them left the model in
+            held_out.buckets = [bucket or own for bucket in buckets_of(held_out)]
+        take_format(model, trained)
     if not config.validation:
         if held_out is None and (config.keep == "best" or config.patience):
             raise ValueError(

@@ -306,6 +306,17 @@ def test_other_files_are_refused(files, tmp_path):
         LTX2(files["2.3"], text_encoder=files["video_vae"])
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_pickled_weights_of_a_pipeline_are_refused(folders, tmp_path, part):
+    folder = shutil.copytree(folders["2.3"], tmp_path / "pickled")
+    for path in (folder / part).glob("*.safetensors"):
+        name = "pytorch_model.bin" if part == "text_encoder" else path.stem + ".bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        LTX2(folder, **SIZE).parts[part]
+
+
 def test_another_text_encoder_than_the_model_was_trained_with_is_refused(files, tmp_path):
     """2.5 says which: of the same shapes, the stock Gemma would pass unseen."""
     source = json.dumps({"gemma_version": "gemma4-12b-ltx-v1"})

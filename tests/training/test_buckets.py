@@ -23,7 +23,8 @@ from syncdpo.data.synthetic import render
 from syncdpo.models.ltx2 import LTX2
 from syncdpo.negatives.curriculum import curriculum
 from syncdpo.train import Learner, policy_and_reference, train
-from syncdpo.training.checkpoint import read_log
+from syncdpo.training import validation
+from syncdpo.training.checkpoint import read_figures, read_log
 from syncdpo.training.config import TrainConfig
 from syncdpo.training.dice import Dice, Order
 
@@ -398,3 +399,39 @@ def test_the_probe_listens_to_every_format(ltx2, cache):
     assert "8 clips of 41x64x64 at 24 fps:" in said
     assert "2 clips of 17x32x64 at 24 fps: not listened to, too few (8 at least)" in said
     assert sum("shift" in line for line in said) == sum("%" in line for line in said) >= 1
+
+
+# --- held-out clips -------------------------------------------------------------------------------
+
+
+def test_held_out_clips_of_several_formats_change_no_step(ltx2, undisturbed, tmp_path):
+    held_out = Latents([BRIEF, WIDE, BRIEF, TALL, WIDE])
+    train(settings(output=str(tmp_path), validate_every=4), LTX2(ltx2), Latents(MANY),
+          held_out=held_out, progress=False)  # fmt: skip
+    assert losses(outcome(tmp_path)[0]).equal(losses(undisturbed[0]))
+    figures = dict(read_figures(tmp_path, "validation"))
+    assert [*figures] == [0, 4, 8, 12]
+    assert {found["clips"] for found in figures.values()} == {5}
+    assert figures[0]["winner_ratio"] == 1
+    assert figures[12]["winner_ratio"] != 1
+
+
+def test_held_out_clips_of_another_format_than_the_trained(ltx2, run, tmp_path, monkeypatch):
+    """A cache of one format leaves the model in it; the training goes on in its own."""
+
+    def opened(folder, model, **_):
+        model.set_format(*BRIEF)
+        brief = Latents([BRIEF] * 3)
+        brief.buckets = [None] * 3
+        return brief
+
+    alone = run(tmp_path / "alone", [WIDE] * 6)
+    monkeypatch.setattr(validation, "open_latents", opened)
+    model = LTX2(ltx2)
+    model.set_format(*WIDE)
+    wide = Latents([WIDE] * 6)
+    wide.buckets = [None] * 6
+    config = settings(output=str(tmp_path / "both"), validation_data="elsewhere", validate_every=5)
+    train(config, model, wide, progress=False)
+    assert losses(outcome(tmp_path / "both")[0]).equal(losses(alone[0]))
+    assert all(f["clips"] == 3 for _, f in read_figures(tmp_path / "both", "validation"))

@@ -339,7 +339,7 @@ def test_figures_stand_in_the_bar_and_among_the_curves(tmp_path, capsys):
     last = found(read_rows(tmp_path))[STEPS]
     assert f"held-out={last['accuracy_1']:.2f}" in bar
     assert f"winners=×{last['winner_ratio']:.2f}" in bar
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path / "syncdpo")).Reload()
     curve = events.Scalars("validation/audio_ratio")
     assert [point.step for point in curve] == [0, 4, 8, 12]
     assert curve[-1].value == pytest.approx(last["audio_ratio"], rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
@@ -10,6 +11,13 @@ from types import TracebackType
 # Both ends were tried; pyproject.toml asks for the same.
 WANTED = {"diffusers": ">=0.41,<0.43", "transformers": ">=5.10.1,<5.25"}
 BENEATH = (*WANTED, "peft", "accelerate", "huggingface_hub", "tokenizers", "safetensors")
+# Who warns on import, with the extra [quant], of what nothing here makes use of: faster products of
+# 4 bits on CPUs, checkpoints that torchao wrote, how torchao registers its enums.
+BESIDE_THE_POINT = (
+    "bitsandbytes.backends.cpu.ops",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree",
+)
 
 
 class WrongVersions(ImportError):
@@ -19,6 +27,8 @@ class WrongVersions(ImportError):
 @contextlib.contextmanager
 def checked_versions() -> Iterator[None]:
     """Turns an import that fails inside the libraries beneath into `WrongVersions`."""
+    for name in BESIDE_THE_POINT:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     except WrongVersions:

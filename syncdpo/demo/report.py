@@ -19,7 +19,7 @@ LABELS = {
     "syncdpo": "SyncDPO",
 }
 COLOURS = {"base": "#8a8f98", "sft": "#d08c2e", "sft-equal-time": "#a05a1c", "syncdpo": "#1f77b4"}
-SHOWN = 6  # clips per method, in the timeline and to play
+SHOWN = 5  # clips per method, in the timeline and to play
 COLUMNS = (
     ("f1", "F1", "{:.2f}"),
     ("onset_error_ms", "mean onset error, ms", "{:.0f}"),

@@ -19,7 +19,7 @@ from syncdpo.training.samples import ABOUT, FOLDER, REAL, step_folder
 
 REPORT = "report.html"
 WARNINGS = "warnings.txt"
-SHOWN_STEPS, SHOWN_CLIPS = 6, 6
+SHOWN_STEPS, SHOWN_CLIPS = 6, 5
 MOST_BYTES = 48 << 20  # of clips in a page, which a browser still opens at once
 COLUMNS = {
     "f1": ("F1", "{:.2f}"),

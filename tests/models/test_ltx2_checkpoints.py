@@ -439,6 +439,23 @@ def test_an_import_that_fails_beneath_ends_in_one_sentence(tmp_path, package):
     assert "(tokenizers of another day); pip install 'diffusers" in last
 
 
+def test_what_is_beside_the_point_is_not_said():
+    """Whatever is installed, a command begins without warnings of others about themselves."""
+    program = """
+from syncdpo.versions import checked_versions
+with checked_versions():
+    import peft
+    from diffusers import LTX2Pipeline
+"""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert not ran.stderr, ran.stderr
+
+
 def test_other_imports_fail_as_they_are():
     with pytest.raises(ModuleNotFoundError, match="nowhere"), checked_versions():
         import nowhere  # noqa: F401

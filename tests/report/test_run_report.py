@@ -174,10 +174,10 @@ def test_steps_and_clips_that_are_too_many_are_named(clips, tmp_path, monkeypatc
             (folder / f"{number:03d}.mp4").write_bytes(content)
     steps, count, told = run.chosen(tmp_path, range(0, 90, 10))
     assert steps == [0, 20, 30, 50, 60, 80]
-    assert (count, told) == (6, " Shown: 6 of 9 steps and 6 of 8 clips of each.")
+    assert (count, told) == (5, " Shown: 6 of 9 steps and 5 of 8 clips of each.")
     monkeypatch.setattr(run, "MOST_BYTES", 4 * 6 * 2 * len(content) / 3)
     assert run.chosen(tmp_path, range(0, 90, 10))[1] == 2
-    assert run.chosen(tmp_path, [0, 10])[2] == " Shown: 6 of 8 clips of each."
+    assert run.chosen(tmp_path, [0, 10])[2] == " Shown: 5 of 8 clips of each."
 
 
 def test_settings_of_another_version_are_shown_all_the_same(finished, monkeypatch):

@@ -1,5 +1,6 @@
 """A model and data so small that a training step takes milliseconds."""
 
+import contextlib
 import os
 
 import torch
@@ -65,8 +66,9 @@ def run_or_resume(folder, **settings):
     run(folder, resume=True, **{"checkpoint_every": 1} | settings)
 
 
-def one_of_two(rank, port, folder):
-    """One of two processes that share each batch of four."""
+@contextlib.contextmanager
+def one_process_of_two(rank, port):
+    """What is trained meanwhile shares its batches with the other process."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -76,5 +78,11 @@ def one_of_two(rank, port, folder):
         "ACCELERATE_USE_CPU": "1",
     }
     torch.set_num_threads(1)
-    run(folder, batch_size=2)
+    yield
     torch.distributed.destroy_process_group()
+
+
+def one_of_two(rank, port, folder):
+    """One of two processes that share each batch of four."""
+    with one_process_of_two(rank, port):
+        run(folder, batch_size=2)

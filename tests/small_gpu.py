@@ -1,9 +1,6 @@
 """One of two processes that train as a small GPU has to: each of the runs below."""
 
-import os
-
-import torch
-from micro import run
+from micro import one_process_of_two, run
 
 # Settings of each run; every one makes batches of four.
 RUNS = {
@@ -26,15 +23,6 @@ def train_one(name, folder, **settings):
 
 
 def one_of_two(rank, port, folder):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "1",
-    }
-    torch.set_num_threads(1)
-    for name in RUNS:
-        train_one(name, folder, batch_size=2)
-    torch.distributed.destroy_process_group()
+    with one_process_of_two(rank, port):
+        for name in RUNS:
+            train_one(name, folder, batch_size=2)

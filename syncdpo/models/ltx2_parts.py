@@ -27,7 +27,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from syncdpo.models.ltx2_checkpoints import LightricksFile
+from syncdpo.models.ltx2_checkpoints import PIECE_BYTES, PIECES, LightricksFile
 from syncdpo.models.ltx2_text import load_text_folder, load_tokenizer_folder
 from syncdpo.models.quantised import quantise
 
@@ -52,7 +52,6 @@ OPTIONS = {  # which give components that the checkpoint lacks, or others in the
 }
 OPTION_OF = {part: option for option, parts in OPTIONS.items() for part in parts}
 FULL_TRANSFORMER = "transformer_full"
-PIECES, PIECE_BYTES = 256, 4096
 
 
 class Parts:

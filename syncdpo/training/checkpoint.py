@@ -89,9 +89,7 @@ def load_checkpoint(
     if not found:
         return {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "skipped": 0, "validation": None}
     remove_leftovers(output)
-    with safe_open(found[-1], "pt") as file:
-        header = json.loads(file.metadata()["syncdpo"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header, tensors = _header(found[-1]), load_file(found[-1])
     _check_same_run(header["config"], asdict(config), output)
     weights = {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith("weights/")}
     moments = {}
@@ -164,10 +162,13 @@ def _best_file(config: TrainConfig, step: int) -> Path:
 
 def _forget_best(output: Path, progress: dict) -> None:
     """Remove the best weights of steps that neither this run nor a checkpoint calls the best."""
+    found = list(output.glob(BEST.replace("{:06d}", "*")))
+    if not found:  # most runs keep none, and need not read their checkpoints again
+        return
     headers = [_header(path)["progress"] for path in output.glob(PATTERN)]
     bests = [(p.get("validation") or {}).get("best") for p in (progress, *headers)]
     wanted = {BEST.format(best["step"]) for best in bests if best}
-    for path in output.glob(BEST.replace("{:06d}", "*")):
+    for path in found:
         if path.name not in wanted:
             path.unlink()
 
@@ -196,10 +197,7 @@ def _trained_state(
 def run_settings(folder: Path) -> dict:
     """The settings that a run was last started with; none before its first checkpoint."""
     found = sorted(folder.glob(PATTERN))
-    if not found:
-        return {}
-    with safe_open(found[-1], "pt") as file:
-        return json.loads(file.metadata()["syncdpo"])["config"]
+    return _header(found[-1])["config"] if found else {}
 
 
 def finished_weights(config: TrainConfig, policy: nn.Module) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from syncdpo import ops
 from syncdpo.data.buckets import buckets_of, present_format, take_format
+from syncdpo.data.chance import generator
 from syncdpo.data.files import digest, readable
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams
@@ -40,7 +41,6 @@ from syncdpo.negatives import PairDraw, draw_pairs
 from syncdpo.negatives.rules import parse_rule
 from syncdpo.training.checkpoint import Log
 from syncdpo.training.config import TrainConfig
-from syncdpo.training.dice import generator
 
 DIFFICULTIES = (0.0, 0.5, 1.0)
 FORWARDS = 1 + len(DIFFICULTIES)  # of a clip, at each validation

@@ -15,7 +15,12 @@ def demo(
     clips: Annotated[
         Path | None, typer.Option(help="Folder of your own clips, instead of rendered ones.")
     ] = None,
-    steps: Steps = 60,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Training steps of SFT and SyncDPO; default 60, of your own clips 120."
+        ),
+    ] = None,
     samples: Samples = 128,
     seed: Seed = 0,
     offset_spread: OffsetSpread = None,

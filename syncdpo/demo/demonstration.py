@@ -1,31 +1,41 @@
 """The demonstration: clips → latents → SFT and SyncDPO from one base → clips → figures → report.
 
 Each model is asked for the sound of pictures that none was trained on, and for clips of its own.
-Everything is measured on mp4 files, by what is seen and heard in them. Which weights a method
-trains, and its learning rate, come from `syncdpo.demo.trials`, which measure on other noise and
-other pictures than `run` does.
+Everything is measured on mp4 files, by what is seen and heard in them. How rendered clips are
+trained on comes from `syncdpo.demo.trials`, which measure on other noise and other pictures than
+`run` does; how a user's own are, from folders that no figure is reported of.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from syncdpo.data.clips import read_clip
+from syncdpo.data.clips import Clip, read_clip, write_clip
 from syncdpo.data.files import readable, write_atomic
 from syncdpo.data.latents import LatentDataset, prepare
 from syncdpo.data.synthetic import render_folder
-from syncdpo.demo.report import LABELS, write_report
+from syncdpo.demo.own_clips import (
+    StandardisedTiny,
+    Statistics,
+    f1_interval,
+    remarks,
+    repeated,
+    split,
+)
+from syncdpo.demo.report import LABELS, SHOWN, write_report
 from syncdpo.metrics import ClipMetrics, clip_metrics, summarise
-from syncdpo.models import load_model
+from syncdpo.models import Model, load_model
 from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 from syncdpo.training.checkpoint import read_log
@@ -37,7 +47,6 @@ TRAINING_CLIPS = 256
 OFFSET_SPREAD = 0.06
 # First seeds of the rendered pictures that want a sound; settings are chosen on "validation".
 HELD_OUT = {"validation": 1_000_000, "unseen": 7_000_000}
-HELD_OUT_SHARE = 4  # of a user's own clips, every fourth
 OWN_FIGURES = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip", "seen_per_clip")
 # What may be trained.
 WEIGHTS = {
@@ -47,17 +56,32 @@ WEIGHTS = {
 # Picture and sound have noise levels of their own in training: so the sound learns to follow a
 # picture that is clearer than itself, too. `matched` is what suits SyncDPO best here.
 TRAINING = {"sft": {"sigma": "separate"}, "syncdpo": {"sigma": "separate", "matched": 0.75}}
-# Each method's best weights and learning rate, of `make tune`.
-CHOSEN = {
-    "sft": ("all", 8e-3),
-    "syncdpo": ("sound's half", 1.1e-2),
-    "sft-equal-time": ("all", 4e-3),
-}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How clips of a kind are trained on. steps: of SFT and SyncDPO alike, unless others are asked
+    for. chosen: each method's weights and learning rate. looks: at held-out clips in a training."""
+
+    steps: int
+    chosen: dict[str, tuple[str, float]]
+    looks: int = 0
+
+
+# Of `make tune`.
+RENDERED = Recipe(
+    60, {"sft": ("all", 8e-3), "syncdpo": ("sound's half", 1.1e-2), "sft-equal-time": ("all", 4e-3)}
+)
+# Other clips' sounds are to be learnt first, which takes all weights and longer.
+OWN = Recipe(
+    120, {"sft": ("all", 4e-3), "syncdpo": ("all", 4e-3), "sft-equal-time": ("all", 4e-3)}, looks=12
+)
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """Settings of the demonstration. `clips`: a folder of the user's own instead of rendered ones.
+    `steps`: by default what suits these clips.
 
     `purpose` names the pictures and the noise that samples start from; `offset_spread` is that of
     rendered training clips. What is given and measured against is exactly in step.
@@ -65,13 +89,18 @@ class DemoConfig:
 
     output: Path = Path("runs/demo")
     clips: Path | None = None
-    steps: int = 60
+    steps: int | None = None
     samples: int = 128
     sampling_steps: int = 40
     seed: int = 0
     purpose: str = "unseen"
     offset_spread: float = OFFSET_SPREAD
     progress: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        recipe = OWN if self.clips else RENDERED
+        return recipe if self.steps is None else replace(recipe, steps=self.steps)
 
     @property
     def work(self) -> Path:
@@ -90,10 +119,19 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Clips:
-    """Latents to train on, and others, never trained on, whose pictures are given a sound."""
+    """Latents to train on, and others, never trained on, whose pictures are given a sound.
+
+    validated: further ones that tell which step of a training is best. statistics: of a user's own
+    clips, what their latents are standardised by.
+    """
 
     training: Dataset
     held_out: Dataset
+    validated: Dataset | None = None
+    statistics: Statistics | None = None
+
+    def model(self) -> Model:
+        return StandardisedTiny(self.statistics) if self.statistics else load_model("tiny")
 
 
 @dataclass(frozen=True)
@@ -115,30 +153,39 @@ def run(config: DemoConfig) -> dict:
     """Train, sample, measure; write report.html and report.json, and return the latter."""
     clips = prepare_clips(config)
     rows, sampled, logs = [], {}, {}
-
-    def measure(method: str, result: dict | None = None) -> None:
+    for method in LABELS:
+        result = {}
+        if method != "base":
+            result = train_method(config, method, clips, **chosen(config, method, clips))
+            logs[method] = read_log(config.work / method)
         sampled[method] = sample_both(config, method, clips)
         rows.append(row(method, sampled[method], result))
-
-    measure("base")
-    for method in CHOSEN:
-        steps = config.steps
-        if method == "sft-equal-time":
-            steps = equal_time(config.steps, rows)
-        result = train_method(config, method, clips, steps=steps, **chosen(method))
-        logs[method] = read_log(config.work / method)
-        measure(method, result)
-        rows[-1]["weights"] = CHOSEN[method][0]
-    rows.sort(key=lambda r: list(LABELS).index(r["method"]))
+        if result:
+            rows[-1] |= {"weights": config.recipe.chosen[method][0]}
+            rows[-1] |= {key: result[key] for key in ("kept_step", "warnings")}
+        if config.clips:
+            of = sampled[method].given.metrics
+            rows[-1]["f1_interval"] = f1_interval(of, len(clips.held_out))
     report = {"rows": rows, "real": real_clips(clips), "settings": describe(config, clips)}
+    report["remarks"] = remarks(rows, len(clips.held_out)) if config.clips else []
     write_atomic(config.output / "report.json", json.dumps(report, indent=2).encode())
-    write_report(config.output / "report.html", report, sampled, logs)
+    real = write_real(config, clips)
+    write_report(config.output / "report.html", report, sampled, logs, real)
     return report
 
 
-def chosen(method: str) -> dict:
+def chosen(config: DemoConfig, method: str, clips: Clips) -> dict:
     """How a method of the table trains, as `TrainConfig` has it."""
-    weights, learning_rate = CHOSEN[method]
+    settings, steps = settings_of(config.recipe, method), config.recipe.steps
+    if method == "sft-equal-time":
+        steps = equal_time(steps, settings, settings_of(config.recipe, "syncdpo"), clips.training)
+    if clips.validated:
+        settings |= {"keep": "best", "validate_every": -(-steps // config.recipe.looks)}
+    return settings | {"steps": steps}
+
+
+def settings_of(recipe: Recipe, method: str) -> dict:
+    weights, learning_rate = recipe.chosen[method]
     return training(method) | WEIGHTS[weights] | {"learning_rate": learning_rate}
 
 
@@ -148,14 +195,19 @@ def training(method: str) -> dict:
     return {"method": objective} | TRAINING[objective]
 
 
-def equal_time(steps: int, rows: list[dict]) -> int:
-    """Steps of SFT in the time that so many of SyncDPO take, as the CPU tells it: the clock on the
-    wall would count whatever else the machine does."""
-    seconds = {
-        method: statistics.median(r["cpu_seconds"] for r in rows if r["method"] == method)
-        for method in ("sft", "syncdpo")
-    }
-    return max(1, round(steps * seconds["syncdpo"] / seconds["sft"]))
+def equal_time(steps: int, sft: dict, syncdpo: dict, data: Dataset) -> int:
+    """Steps of SFT in the time that so many of SyncDPO take, by the work that a step is: a clock
+    would count whatever else the machine does, and give other steps every time."""
+    return max(1, round(steps * operations(syncdpo, data) / operations(sft, data)))
+
+
+def operations(settings: dict, data: Dataset) -> int:
+    """Floating-point operations of a step's matrix products."""
+    counter = FlopCounterMode(display=False)
+    with tempfile.TemporaryDirectory() as folder, counter:
+        config = TrainConfig(output=folder, steps=1, log_with="none", **settings)
+        train(config, data=data, progress=False)
+    return counter.get_total_flops()
 
 
 def prepare_clips(config: DemoConfig) -> Clips:
@@ -176,15 +228,8 @@ def prepare_clips(config: DemoConfig) -> Clips:
             config, seeds, config.work / "clips", config.latents, offset_spread=spread
         )
         return Clips(training, held_out)
-    latents = encode(config, config.clips, config.latents)
-    if len(latents) < 2:
-        raise ValueError(
-            f"clips: expected two that can be used at least, one to train on and one to measure "
-            f"on, got {len(latents)} in {config.clips}"
-        )
-    held_out = range(1, len(latents), HELD_OUT_SHARE)
-    training = [i for i in range(len(latents)) if i not in held_out]
-    return Clips(Subset(latents, training), Subset(latents, held_out[: config.samples]))
+    own = split(encode(config, config.clips, config.latents), config.clips)
+    return Clips(own.training, own.measured, own.validated or None, own.statistics)
 
 
 def render(
@@ -213,28 +258,34 @@ def train_method(config: DemoConfig, name: str, clips: Clips, **settings) -> dic
         resume=True,  # the same command goes on where it was stopped, and repeats no training
         **settings,
     )
-    return train(run, data=clips.training, progress=config.progress)
+    return train(run, data=clips.training, held_out=clips.validated, progress=config.progress)
 
 
 def sample_both(config: DemoConfig, method: str, clips: Clips) -> Samples:
-    return Samples(add_sound(config, method, clips), sample(config, method))
+    return Samples(add_sound(config, method, clips), sample(config, method, clips))
 
 
 def add_sound(config: DemoConfig, method: str, clips: Clips) -> Sampled:
     """The held-out pictures with a sound of the model's: a clip it saw in training helps nobody."""
-    video = torch.stack([latents["video"] for latents in clips.held_out])
-    return sample(config, method, "sounds", len(video), video=video)
+    given = repeated(clips.held_out, config.samples)
+    video = torch.stack([latents["video"] for latents in given])
+    return sample(config, method, clips, "sounds", len(video), video=video)
 
 
 def sample(
-    config: DemoConfig, method: str, kind: str = "clips", count: int | None = None, **given
+    config: DemoConfig,
+    method: str,
+    clips: Clips,
+    kind: str = "clips",
+    count: int | None = None,
+    **given,
 ) -> Sampled:
     """Generate clips, write them as mp4, and measure what comes back from the files."""
-    model = load_model("tiny")
+    model = clips.model()
     if method != "base":
         model.load_weights(config.work / method)
     seeds = noise_seeds(count or config.samples, config.seed, config.purpose)
-    clips = generate(
+    generated = generate(
         model,
         config.work / "samples" / method / kind,
         seeds,
@@ -243,7 +294,7 @@ def sample(
         label=f"{kind} of {method}",
         **given,
     )
-    paths = list(clips)
+    paths = list(generated)
     return Sampled(paths, [clip_metrics(read_clip(path, require_sound=False)) for path in paths])
 
 
@@ -257,31 +308,49 @@ def row(method: str, sampled: Samples, result: dict | None = None) -> dict:
 
 def real_clips(clips: Clips) -> dict:
     """The held-out clips with their own sound, through the codec: as good as it can get."""
-    model = load_model("tiny")
-    decoded = (model.decode(x["video"][None], x["audio"][None])[0] for x in clips.held_out)
-    return summarise([clip_metrics(clip) for clip in decoded])
+    return summarise([clip_metrics(clip) for clip in decoded(clips, len(clips.held_out))])
+
+
+def write_real(config: DemoConfig, clips: Clips) -> list[Path]:
+    """The first of them as mp4, to stand beside the generated ones."""
+    folder = config.work / "samples" / "real"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, clip in enumerate(decoded(clips, min(SHOWN, len(clips.held_out)))):
+        paths.append(folder / f"{number:03d}.mp4")
+        write_clip(paths[-1], clip)
+    return paths
+
+
+def decoded(clips: Clips, count: int) -> Iterator[Clip]:
+    """So many of the held-out clips, through the codec."""
+    model = clips.model()
+    for latents in Subset(clips.held_out, range(count)):
+        yield from model.decode(latents["video"][None], latents["audio"][None])
 
 
 def describe(config: DemoConfig, clips: Clips) -> dict:
     """What a reader needs to judge the table."""
+    chosen = config.recipe.chosen
     return {
         "seed": config.seed,
-        "steps": config.steps,
+        "steps": config.recipe.steps,
         "samples": config.samples,
         "sampling_steps": config.sampling_steps,
         "training": TRAINING,
-        "weights": {method: weights for method, (weights, _) in CHOSEN.items()},
-        "learning_rate": {method: rate for method, (_, rate) in CHOSEN.items()},
+        "weights": {method: weights for method, (weights, _) in chosen.items()},
+        "learning_rate": {method: rate for method, (_, rate) in chosen.items()},
         "clips": str(config.clips or "rendered"),
         "offset_spread": None if config.clips else config.offset_spread,
         "training_clips": len(clips.training),
         "held_out_clips": len(clips.held_out),
+        "validated_clips": len(clips.validated or ()),
     }
 
 
 def format_table(report: dict) -> str:
-    """The table of a report, as text."""
-    return "\n".join(format_row(row) for row in report["rows"])
+    """The table of a report, as text, and what is to be said of it."""
+    return "\n".join([*(format_row(row) for row in report["rows"]), *report["remarks"]])
 
 
 def format_row(row: dict) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
 import matplotlib.pyplot as plt
 
+from syncdpo.data.files import readable
 from syncdpo.report.curves import running_mean
 from syncdpo.report.page import page, picture, table
 from syncdpo.report.players import Shown, gallery
@@ -32,48 +35,89 @@ COLUMNS = (
     ("cpu_seconds", "CPU seconds", "{:.0f}"),
 )
 
-BODY = Template("""<h1>A generator learns to keep time</h1>
-<p>The base knows which sound goes with a ball that strikes the floor, but not when. Supervised
-fine-tuning (SFT) and SyncDPO train it on the same $training synchronised clips$offset, each the
-weights, and at the learning rate, that suit it best. Then every model writes the sound to the
-pictures of $held_out clips that none was trained on, and what is seen and heard in the resulting
-mp4 files is compared. “Own clips”: it generates $samples, picture and sound.</p>
-$table
-<p class="note">F1 counts a visible impact as met when its sound leads by at most 90 ms or lags by
-at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms). The onset error is the
-distance from each visible impact to the nearest sound. “Real clips” are the held-out clips with
-their own sound, after the codec: as good as a generator can get. Seed $seed.</p>
+TITLE = "A generator learns to keep time"
+BODY = Template("""<h1>$title</h1>
+<p>$story Then every model writes the sound to $pictures, and what is seen and heard in the
+resulting mp4 files is compared. “Own clips”: it generates $samples, picture and sound.</p>
+$warnings$table
+<p class="note">F1 counts a visible event as met when its sound leads by at most 90 ms or lags by
+at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms).$interval The onset error is
+the distance from each visible event to the nearest sound. “Real clips” are the held-out clips with
+their own sound, after the codec: as good as a generator can get. SFT at equal time takes as many
+steps as SyncDPO's floating-point operations allow. Seed $seed.</p>
 <h2>Clips</h2>
 <p>The first of these, to play; those of a column share their picture.</p>
 $clips
 <h2>Seen and heard</h2>
-<p>Each line is one clip, the same in every column: marks above are impacts seen in its picture,
+<p>Each line is one clip, the same in every column: marks above are events seen in its picture,
 marks below are onsets heard in the model's sound. In step, they meet.</p>
 $timeline
 <h2>Training</h2>
 $curves
 """)
+RENDERED = Template("""The base knows which sound goes with a ball that strikes the floor, but not
+when. Supervised fine-tuning (SFT) and SyncDPO train it on the same $training synchronised
+clips$offset, each the weights, and at the learning rate, that suit it best.""")
+OWN = Template("""The base knows balls that strike a floor, and nothing of the clips of $folder. Its
+pictures are brought to the place and spread of those, and supervised fine-tuning (SFT) and SyncDPO
+train all its weights on the same $training of them$kept.""")
+INTERVAL = """ In brackets: what it could have been with other clips of this kind (95 % of 2,000
+draws of the held-out clips, with replacement)."""
 
 
-def write_report(path: Path, report: dict, sampled: dict, logs: dict) -> None:
-    """Write `path` from report.json's content, `Samples` per method, and logs per method."""
+def write_report(path: Path, report: dict, sampled: dict, logs: dict, real: Sequence[Path]) -> None:
+    """Write `path` from report.json's content, `Samples` per method, logs per method, and some of
+    the real clips' files."""
     methods = [row["method"] for row in report["rows"]]
-    clips, width = gallery(
-        [(LABELS[m], [Shown(path) for path in sampled[m].given.paths[:SHOWN]]) for m in methods]
-    )
+    settings = report["settings"]
+    shown = [(LABELS[m], sampled[m].given.paths[:SHOWN]) for m in methods]
+    shown.append(("real clips, through the codec", real))
+    clips, width = gallery([(label, list(map(Shown, paths))) for label, paths in shown])
     timeline = draw_timeline({m: sampled[m].given.metrics[:SHOWN] for m in methods})
+    own = any("f1_interval" in row for row in report["rows"])
     body = BODY.substitute(
+        title=TITLE,
+        story=_story(settings, own),
+        pictures=_pictures(settings, report["rows"][0]["clips"]),
+        warnings=_warnings(report),
         table=_table(report),
-        training=report["settings"]["training_clips"],
-        held_out=report["settings"]["held_out_clips"],
-        offset=_offset(report["settings"]["offset_spread"]),
-        samples=report["settings"]["samples"],
-        seed=report["settings"]["seed"],
+        interval=INTERVAL if own else "",
+        samples=settings["samples"],
+        seed=settings["seed"],
         timeline=picture(timeline, "Timeline of seen and heard events per method"),
         curves=picture(draw_curves(logs), "Training curves"),
         clips=clips,
     )
-    path.write_text(page("syncdpo: a generator learns to keep time", body, width=width))
+    path.write_text(page(f"syncdpo: {TITLE[0].lower()}{TITLE[1:]}", body, width=width))
+
+
+def _story(settings: dict, own: bool) -> str:
+    if not own:
+        offset = settings["offset_spread"]
+        told = f" (to within {1000 * offset:g} ms, one standard deviation)" if offset else ""
+        return RENDERED.substitute(training=settings["training_clips"], offset=told)
+    validated = settings["validated_clips"]
+    kept = (
+        f"; {validated} further ones tell which step of each training is kept" if validated else ""
+    )
+    folder = f"<b>{html.escape(readable(Path(settings['clips']).name))}</b>"
+    return OWN.substitute(folder=folder, training=settings["training_clips"], kept=kept)
+
+
+def _pictures(settings: dict, sounds: int) -> str:
+    """What a sound is written to."""
+    held_out = settings["held_out_clips"]
+    of_each = f", {sounds // held_out} sounds each" if sounds > held_out else ""
+    return f"the pictures of {min(held_out, sounds)} clips that none was trained on{of_each}"
+
+
+def _warnings(report: dict) -> str:
+    """What is to be said of the table, and what the watchdog said of each training."""
+    lines = list(report["remarks"])
+    for row in report["rows"]:
+        lines += [f"{LABELS[row['method']]}, {said}" for said in row.get("warnings", ())]
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
 def draw_timeline(metrics: dict[str, list]) -> plt.Figure:
@@ -116,13 +160,6 @@ def draw_curves(logs: dict[str, list[dict]]) -> plt.Figure:
     return figure
 
 
-def _offset(spread: float | None) -> str:
-    """How exactly rendered clips are in step; of a user's own clips nobody knows."""
-    if not spread:
-        return ""
-    return f" (to within {1000 * spread:g} ms, one standard deviation)"
-
-
 def _table(report: dict) -> str:
     best = min(report["rows"], key=lambda row: row["onset_error_ms"] or math.inf)
     rows = [
@@ -135,4 +172,11 @@ def _table(report: dict) -> str:
 
 def _cells(label: str, row: dict) -> list[str]:
     values = ((form, row.get(key)) for key, _, form in COLUMNS)
-    return [label, *("" if value is None else form.format(value) for form, value in values)]
+    cells = ["" if value is None else form.format(value) for form, value in values]
+    if row.get("f1_interval"):
+        low, high = row["f1_interval"]
+        cells[0] += f" ({low:.2f}–{high:.2f})"
+    kept, steps = row.get("kept_step"), row.get("steps")
+    if kept is not None and kept != steps:
+        cells[[key for key, _, _ in COLUMNS].index("steps")] += f", {kept} kept"
+    return [label, *cells]

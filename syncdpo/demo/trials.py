@@ -110,12 +110,15 @@ def tune(config: DemoConfig, result: Path, jobs: int) -> str:
         run_searches([search], config.output, jobs)
         return search
 
-    steps = dict.fromkeys(WEIGHTS, config.steps)
+    steps = dict.fromkeys(WEIGHTS, config.recipe.steps)
     sft, syncdpo = searches("sft", steps), searches("syncdpo", steps)
     run_searches([*sft.values(), *syncdpo.values()], config.output, jobs)
     best = {"syncdpo": settle(min(syncdpo.values(), key=Search.worth))}
+    clips, syncdpo_settings = grounds[0].clips, best["syncdpo"].settings
     for weights, found in sft.items():
-        steps[weights] = equal_time(config.steps, [*found.rows, *best["syncdpo"].rows])
+        steps[weights] = equal_time(
+            config.recipe.steps, found.settings, syncdpo_settings, clips.training
+        )
     longer = searches("sft-equal-time", steps)
     run_searches(longer.values(), config.output, jobs)
     best["sft-equal-time"] = settle(min(longer.values(), key=Search.worth))
@@ -139,6 +142,10 @@ class Search:
         self.places = list(BEGIN)
         self.stride = 2
         self.rows: list[dict] = []
+
+    @property
+    def settings(self) -> dict:
+        return training(self.method) | WEIGHTS[self.weights]
 
     def trials(self) -> list[Trial]:
         rates = [LEARNING_RATES[place] for place in self.places]
@@ -172,8 +179,7 @@ class Search:
         self.grounds, self.stride = grounds, 1
 
     def _trial(self, ground: Ground, rate: float) -> Trial:
-        settings = training(self.method) | WEIGHTS[self.weights]
-        settings |= {"steps": self.steps, "learning_rate": rate}
+        settings = self.settings | {"steps": self.steps, "learning_rate": rate}
         name = f"{self.method}-{self.weights}-{rate:g}".replace(" ", "-").replace("'", "")
         return Trial(ground, name, self.method, settings, self.weights)
 
@@ -195,7 +201,7 @@ def compare_rules(config: DemoConfig, result: Path, jobs: int) -> str:
 
     Returns the table, as markdown; all rows go to `result`.
     """
-    common = RULES_TRAINING | {"steps": config.steps}
+    common = RULES_TRAINING | {"steps": config.recipe.steps}
     trials = []
     for ground in prepare_grounds(replace(config, offset_spread=0.0)):
         for rule, curriculum, matched in itertools.product(RULES, CURRICULA, MATCHED):

@@ -138,7 +138,8 @@ class Validation:
 
     What is best: the highest accuracy at the highest difficulty among the validations whose
     winners' error is not beyond chance above `winner_bound` times r's; of equals, the lowest
-    `sft_loss`: who is as good at telling a pair and has forgotten less. Step 0 takes part.
+    `sft_loss`: who is as good at telling a pair and has forgotten less. Of SFT, which learns no
+    pairs, the lowest `sft_loss` among them. Step 0 takes part.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Validation:
     ):
         self.config, self.model, self.data = config, model, data
         self.accelerator, self.save_best = accelerator, save_best
+        self.by_loss = config.method == "sft"
         self.state = progress["validation"] or {
             "clips": None, "reference": None, "best": None, "without_better": 0,
         }  # fmt: skip
@@ -253,15 +255,25 @@ class Validation:
         return -(beta * delta).sum(-1) / 2
 
     def _is_best(self, step: int, figures: dict) -> bool:
+        found = {
+            "step": step,
+            "accuracy": figures[f"accuracy_{DIFFICULTIES[-1]:g}"],
+            "sft_loss": figures["sft_loss"],
+        }
+        kept = figures["winner_ratio_least"] <= self.config.winner_bound
+        if not self.by_loss:
+            kept = kept and found["accuracy"] is not None
         best = self.state["best"]
-        accuracy, loss = figures[f"accuracy_{DIFFICULTIES[-1]:g}"], figures["sft_loss"]
-        kept = accuracy is not None and figures["winner_ratio_least"] <= self.config.winner_bound
-        if kept and (best is None or (accuracy, -loss) > (best["accuracy"], -best["sft_loss"])):
-            self.state["best"] = {"step": step, "accuracy": accuracy, "sft_loss": loss}
+        if kept and (best is None or self._worth(found) > self._worth(best)):
+            self.state["best"] = found
             self.state["without_better"] = 0
             return True
         self.state["without_better"] += step > 0
         return False
+
+    def _worth(self, found: dict) -> tuple[float, ...]:
+        """SFT does not learn to tell pairs: it goes by its own loss alone."""
+        return (-found["sft_loss"],) if self.by_loss else (found["accuracy"], -found["sft_loss"])
 
     # --- forwards ---------------------------------------------------------------------------------
 

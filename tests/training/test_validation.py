@@ -392,6 +392,15 @@ def test_what_is_best():
     assert own.state["best"]["step"] == 12
 
 
+def test_sft_goes_by_its_loss():
+    own = validation(held_out(), method="sft", winner_bound=1.2)
+    assert own._is_best(0, figures(0.5, 3.0))
+    assert not own._is_best(4, figures(0.9, 3.1))
+    assert own._is_best(8, figures(0.4, 2.9))
+    assert own._is_best(12, figures(None, 2.8))
+    assert not own._is_best(16, figures(0.9, 2.7, 1.3))
+
+
 def best_at(monkeypatch, *steps):
     """Runs find these steps the best so far, one after the other."""
     honest = Validation._is_best

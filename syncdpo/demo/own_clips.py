@@ -164,7 +164,7 @@ def remarks(rows: Sequence[dict], clips: int) -> list[str]:
     if best != "syncdpo":
         said.append(
             f"SyncDPO is not ahead on these clips: its F1 is {ours['f1']:.2f}, that of "
-            f"{LABELS[best]} {rows[best]['f1']:.2f}. Are the clips in step (`syncdpo prepare` flags those "
-            "that are not), and is what sounds also seen?"
+            f"{LABELS[best]} {rows[best]['f1']:.2f}. Are the clips in step (`syncdpo prepare` "
+            "flags those that are not)? Is what sounds also seen?"
         )
     return said

@@ -27,6 +27,7 @@ PERIOD, MEASURED, VALIDATED = 8, (1, 5), (3,)
 TWO = 2  # clips, at least: one to train on, one to measure
 LEAST_VALIDATED = 4  # fewer tell no step from another
 ENOUGH = 16  # clips held out; of fewer, the figures stand for themselves
+DRAWS = 2  # of noise and losers, for each clip that is validated on
 RESAMPLED = 2000
 KNOWN_SPREAD = 0.8  # of the rendered balls' video latents about their mean
 
@@ -76,6 +77,21 @@ class Standardised(Dataset):
         return sample | {"video": self.statistics.apply(sample["video"])}
 
 
+class Redrawn(Dataset):
+    """Each clip `DRAWS` times, by other names: validation draws noise and losers by the name."""
+
+    def __init__(self, data: Subset):
+        self.data, self.clips = data, len(data)
+        known = [data.dataset.names[index] for index in data.indices]
+        self.names = [f"{name}, draw {draw}" for draw in range(DRAWS) for name in known]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.data[index % self.clips]
+
+
 class StandardisedTiny(Tiny):
     """The embedded model, whose latents are standardised ones."""
 
@@ -89,10 +105,10 @@ class StandardisedTiny(Tiny):
 
 @dataclass(frozen=True)
 class Split:
-    """Latents by what they are for. validated: empty where there would be too few to tell."""
+    """Latents by what they are for. validated: none where there would be too few to tell."""
 
     training: Subset
-    validated: Subset
+    validated: Redrawn | None
     measured: Subset
     statistics: Statistics
 
@@ -113,7 +129,8 @@ def split(latents: Dataset, folder: Path) -> Split:
     video = torch.stack([latents[index]["video"] for index in parts["training"]])
     statistics = Statistics.of(video)
     shown = Standardised(latents, statistics)
-    return Split(statistics=statistics, **{kind: Subset(shown, parts[kind]) for kind in parts})
+    training, validated, measured = (Subset(shown, some) for some in parts.values())
+    return Split(training, Redrawn(validated) if validated else None, measured, statistics)
 
 
 def repeated(clips: Sequence, samples: int) -> list:

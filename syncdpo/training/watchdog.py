@@ -42,8 +42,9 @@ DRAWN_ANEW = 1.5
 # percent of what it is at 0, and what is learnt is noise. Runs that end well stay below 2.5.
 RUNAWAY = 10.0
 # Accuracy, over so many pairs that chance alone is within 0.05 of a half (two standard deviations),
-# after so many steps, or half of a shorter run. Runs that end well are above 0.7 by then.
-STUCK, STUCK_PAIRS, STUCK_STEPS = 0.55, 400, 300
+# after so many steps, or three quarters of a shorter run. Runs that end well are above 0.6 by then;
+# of clips whose sounds are new to the model, some had only begun at half.
+STUCK, STUCK_PAIRS, STUCK_STEPS, STUCK_SHARE = 0.55, 400, 300, 0.75
 # Share of pairs that differ; 0.94 is the lowest of any step of the demonstration, silence has 0.
 VALID = 0.5
 # So few clips, seen so often, do not stand for others: an eighth of the demonstration's, seen five
@@ -160,7 +161,7 @@ def _betas(config: TrainConfig) -> str:
 
 
 def accuracy_stuck(history: History) -> str | None:
-    if history.done < min(STUCK_STEPS, history.config.steps / 2):
+    if history.done < min(STUCK_STEPS, STUCK_SHARE * history.config.steps):
         return None
     pairs = hits = 0.0
     for row in reversed(history.steps):

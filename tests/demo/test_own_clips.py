@@ -1,7 +1,6 @@
 """A user's own clips: how they are divided, how the model sees them, what is said of the table."""
 
-import functools
-import operator
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from syncdpo.demo.own_clips import (
+    DRAWS,
     KNOWN_SPREAD,
     StandardisedTiny,
     Statistics,
@@ -43,16 +43,28 @@ class Latents(torch.utils.data.Dataset):
     [(2, 1, 0, 1), (8, 6, 0, 2), (31, 23, 0, 8), (32, 20, 4, 8), (120, 75, 15, 30)],
 )
 def test_every_clip_has_one_use(clips, training, validated, measured):
-    parts = split(Latents(clips), Path("clips"))
-    found = [parts.training.indices, parts.validated.indices, parts.measured.indices]
+    found = uses(clips)
     assert [len(part) for part in found] == [training, validated, measured]
-    assert sorted(functools.reduce(operator.iadd, found, [])) == list(range(clips))
+    assert sorted(itertools.chain(*found)) == list(range(clips))
+
+
+def uses(clips: int) -> list[list[int]]:
+    parts = split(Latents(clips), Path("clips"))
+    looked_at = parts.validated.data.indices if parts.validated else []
+    return [parts.training.indices, looked_at, parts.measured.indices]
+
+
+def test_each_validated_clip_has_draws_of_its_own():
+    parts = split(Latents(32), Path("clips"))
+    assert len(parts.validated) == DRAWS * 4
+    assert len(set(parts.validated.names)) == DRAWS * 4
+    first, again = parts.validated[1], parts.validated[5]
+    assert torch.equal(first["video"], again["video"])
+    assert torch.equal(first["audio"], Latents(32)[11]["audio"])
 
 
 def test_further_clips_at_the_end_change_no_clips_use():
-    few, many = split(Latents(40), Path("clips")), split(Latents(56), Path("clips"))
-    for kind in ("training", "validated", "measured"):
-        old, new = (getattr(parts, kind).indices for parts in (few, many))
+    for old, new in zip(uses(40), uses(56), strict=True):
         assert [index for index in new if index < 40] == old
 
 

@@ -148,10 +148,10 @@ def test_sft_is_measured_against_its_own_beginning():
     assert "beta" not in found["winners_forgotten"]
 
 
-def test_accuracy_at_a_half_is_named_when_half_of_the_run_is_over():
+def test_accuracy_at_a_half_is_named_when_three_quarters_are_over():
     found = warnings_of(changed(healthy(), 0, implicit_accuracy=0.52), CONFIG, 256)
     assert list(found) == ["accuracy_stuck"]
-    assert step_of(found["accuracy_stuck"]) == 50 - 1
+    assert step_of(found["accuracy_stuck"]) == 75 - 1
     assert "0.52 over the last 410 pairs" in found["accuracy_stuck"]
     long = replace(CONFIG, steps=10_000)
     assert not names(changed(healthy(), 0, implicit_accuracy=0.52), long)  # nor need it, by then

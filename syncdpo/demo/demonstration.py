@@ -79,7 +79,7 @@ RENDERED = Recipe(
 # error counts for more.
 OWN = Recipe(
     120,
-    {"sft": ("all", 4e-3), "syncdpo": ("all", 8e-3), "sft-equal-time": ("all", 4e-3)},
+    {"sft": ("all", 8e-3), "syncdpo": ("all", 8e-3), "sft-equal-time": ("all", 8e-3)},
     sft_weight=3.0,
     looks=6,
 )

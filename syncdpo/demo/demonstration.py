@@ -78,7 +78,7 @@ RENDERED = Recipe(
 # What other clips sound like is to be learnt first: that takes all weights, and the winners' own
 # error counts for more.
 OWN = Recipe(
-    120,
+    240,
     {"sft": ("all", 8e-3), "syncdpo": ("all", 8e-3), "sft-equal-time": ("all", 8e-3)},
     sft_weight=3.0,
     looks=6,

@@ -131,6 +131,14 @@ def evaluate_folder(
     return "\n".join([first, *lines, last])
 
 
+def file_figures(path: Path) -> dict[str, float | int | None]:
+    """The figures of one file, without AV-Align, that `evaluate_folder` has for it (`summarise`).
+
+    Raises ClipError where it cannot be read.
+    """
+    return summarise([_seen(path, path.parent, with_av_align=False).metrics])
+
+
 def load_metric(name: str) -> tuple[str, Metric]:
     """A metric by `module:function`, looked for in the working folder too, and its column's name.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,13 +37,30 @@ def generate(
     """
     texts = [caption for caption in captions for _ in seeds]
     clips = model.generate(texts, seeds.repeat(len(captions)), steps=steps, **guidance)
-    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:03d}.mp4" for number in range(len(texts))]
+    yield from written(clips, paths, progress=progress, label=label)
 
-    def write(numbered: tuple[int, Clip]) -> Path:
-        number, clip = numbered
-        path = folder / f"{number:03d}.mp4"
+
+def written(
+    clips: Iterable[Clip],
+    paths: Sequence[Path],
+    *,
+    done: int = 0,
+    progress: bool = True,
+    label: str = "sample",
+) -> Iterator[Path]:
+    """Write each clip under its path, as mp4, and yield that when it is there.
+
+    done: how many of all are there already; the progress bar begins with them.
+    """
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(named: tuple[Path, Clip]) -> Path:
+        path, clip = named
         write_clip(path, clip)
         return path
 
-    paths = overlapped(write, enumerate(clips))
-    yield from tqdm(paths, label, len(texts), unit="clip", disable=not progress)
+    finished = overlapped(write, zip(paths, clips, strict=True))
+    total = done + len(paths)
+    yield from tqdm(finished, label, total, initial=done, unit="clip", disable=not progress)

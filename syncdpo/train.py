@@ -1,8 +1,10 @@
-"""Post-train a joint video-audio generator: supervised fine-tuning, or SyncDPO. One flat script.
+"""Post-train a joint video-audio generator: SFT, SyncDPO, or DPO of given pairs. One flat script.
 
 SyncDPO (arXiv 2605.12179) prefers a synchronised clip over the same clip with its timing distorted
 by a rule. How this script simplifies and departs from it:
 
+- Pairs that somebody has (`dpo`, of `syncdpo prepare-pairs`) go the same way as those made here,
+  with the same noise levels and noise.
 - Latents are encoded beforehand (`syncdpo prepare`); rules distort latents, not raw media.
 - Half of the pairs are *matched* by default: winner and loser both distorted, the winner in step.
 - The reference is the adapter switched off, or as it was loaded (LoRA), a frozen copy (full
@@ -41,7 +43,7 @@ from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams, load_model
 from syncdpo.models.quantised import quantise
 from syncdpo.models.weights import holds_lora
-from syncdpo.negatives import Pairs
+from syncdpo.negatives import Pairs, given_pairs
 from syncdpo.negatives.curriculum import Adaptive, curriculum
 from syncdpo.training import publish
 from syncdpo.training.adapter import (
@@ -61,6 +63,7 @@ from syncdpo.training.checkpoint import (
 )
 from syncdpo.training.config import TrainConfig, TrainingDiverged
 from syncdpo.training.dice import Dice, Order, Roll
+from syncdpo.training.given import check_pairs, split_batch
 from syncdpo.training.optimizers import make_optimizer
 from syncdpo.training.samples import Samples, waiting
 from syncdpo.training.sharding import check_shardable, keep_precision, place_frozen, place_trained
@@ -108,6 +111,7 @@ def train(
         data = open_latents(config.data, model, progress=progress and writes)
         if writes and hasattr(data, "summary"):  # whatever is left out, and why
             print(data.summary, file=sys.stderr)
+    check_pairs(config, data, "data", writes)
     data, held_out = hold_out(config, model, data, held_out, progress and writes)
     policy, reference = policy_and_reference(config, model, base, accelerator.device)
     optimizer = make_optimizer(config, policy.parameters())
@@ -125,10 +129,10 @@ def train(
     keep_best = partial(save_best, config, policy, state, writes=writes)
     validation = Validation(config, model, held_out, accelerator, state, keep_best)
     state["validation"] = validation.state
-    if config.method == "syncdpo" and config.reference == "base":
+    if config.compares and config.reference == "base":
         with learner._reference() as base:
             validation.against(base)
-    if config.cache_reference and config.method == "syncdpo":
+    if config.cache_reference and config.compares:
         learner.cache_reference(data, dice)
     micro_steps = order.micro_steps(state["step"])
     batches = iter(DataLoader(data, batch_sampler=micro_steps, num_workers=config.workers))
@@ -205,7 +209,7 @@ def load_start(config: TrainConfig, model: Model, writes: bool) -> nn.Module | N
     if not config.weights:
         return None
     base, path = None, Path(config.weights)
-    against_base = config.method == "syncdpo" and config.reference == "base"
+    against_base = config.compares and config.reference == "base"
     if against_base and not (config.lora_rank and holds_lora(path)):
         base = frozen_copy(model.transformer)
     # A LoRA in float32, however the model is stored, so that no bit of it is lost.
@@ -240,7 +244,7 @@ def policy_and_reference(
         train_adapter(policy, config.lora_rank, model.lora_targets, wanted, config.seed)
     else:
         merge_adapter(policy)
-        if config.method == "syncdpo" and reference is None:
+        if config.compares and reference is None:
             reference = frozen_copy(policy)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and wanted(name))
@@ -257,7 +261,7 @@ def frozen_copy(transformer: nn.Module) -> nn.Module:
 
 @dataclass
 class Learner:
-    """The two methods: from a batch to gradients in `policy`, and numbers for the log."""
+    """The methods: from a batch to gradients in `policy`, and numbers for the log."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -269,10 +273,10 @@ class Learner:
 
     def backward(self, batch: dict[str, Tensor], roll: Roll) -> dict[str, Tensor]:
         take_format(self.model, roll.bucket)
-        latents = (batch.pop("video"), batch.pop("audio"))
-        if self.config.method == "sft":
-            return self._sft(latents, batch, roll)
-        return self._syncdpo(latents, batch, roll)
+        if self.config.compares:
+            return self._preference(*self._pairs(batch, roll), roll)
+        clean, _, conditions = split_batch(batch)
+        return self._sft(clean, conditions, roll)
 
     def _sft(self, clean: Streams, conditions: Conditions, roll: Roll) -> dict[str, Tensor]:
         """L = Σ_streams mean (v − (ε − x))²."""
@@ -291,9 +295,13 @@ class Learner:
         self.accelerator.backward(loss / self.config.accumulation)
         return {"loss": loss, "video_error": errors[0], "audio_error": errors[1]}
 
-    def _syncdpo(self, clean: Streams, conditions: Conditions, roll: Roll) -> dict[str, Tensor]:
+    def _pairs(self, batch: dict[str, Tensor], roll: Roll) -> tuple[Pairs, Conditions]:
+        """SyncDPO's are made here, of clips; the others come with the batch."""
+        win, lose, conditions = split_batch(batch)
+        return roll.pairs.make(*win) if roll.pairs else given_pairs(win, lose), conditions
+
+    def _preference(self, pairs: Pairs, conditions: Conditions, roll: Roll) -> dict[str, Tensor]:
         """L = dpo_loss over the pair, both halves in one pass or one after the other."""
-        pairs = roll.pairs.make(*clean)
         inputs = self._noised(pairs, conditions, roll)
         known = anchor = None
         if self.reference_errors is not None:
@@ -317,7 +325,7 @@ class Learner:
             "audio_error_lose": stats.policy_lose[1].mean(),
             "video_reference_win": stats.reference_win[0].mean(),
             "audio_reference_win": stats.reference_win[1].mean(),
-            "difficulty": pairs.difficulty.mean(),
+            **({"difficulty": pairs.difficulty.mean()} if roll.pairs else {}),
             "valid": pairs.valid.float().mean(),
         }
 
@@ -360,7 +368,9 @@ class Learner:
 
     def _noised(self, pairs: Pairs, conditions: Conditions, roll: Roll) -> tuple:
         """Arguments of the velocity for winners, then losers: the same σ and ε for both."""
-        noisy = ops.paired_noise(pairs.win, pairs.lose, roll.sigma, roll.seed)
+        # A stream that both share is read and noised once.
+        lose = [None if y is x else y for x, y in zip(pairs.win, pairs.lose, strict=True)]
+        noisy = ops.paired_noise(pairs.win, lose, roll.sigma, roll.seed)
         sigma = tuple(torch.cat([s, s]) for s in roll.sigma)
         return tuple(noisy), sigma, {k: torch.cat([v, v]) for k, v in conditions.items()}
 
@@ -393,9 +403,9 @@ class Learner:
             batch = {name: x.to(errors.device) for name, x in batch.items()}
             roll = dice.draw(stage, clips)
             take_format(self.model, roll.bucket)
-            pairs = roll.pairs.make(batch.pop("video"), batch.pop("audio"))
+            pairs, conditions = self._pairs(batch, roll)
             with self._reference() as reference:
-                prediction = self._velocity(reference, *self._noised(pairs, batch, roll))
+                prediction = self._velocity(reference, *self._noised(pairs, conditions, roll))
             nothing = torch.zeros(2, 2 * len(clips), device=errors.device)
             _, stats = self._loss(pairs, roll, None, nothing, prediction)
             halves = torch.stack([stats.policy_win, stats.policy_lose], dim=-1)

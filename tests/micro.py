@@ -39,6 +39,15 @@ def random_latents(count: int = 10) -> list[dict[str, torch.Tensor]]:
     return [{"video": v.flatten(0, 1), "audio": a} for v, a in zip(video, audio, strict=True)]
 
 
+def random_pairs(count: int = 10) -> list[dict[str, torch.Tensor]]:
+    """What a cache of pairs would give: losers with a shifted sound and other pictures."""
+    clips = random_latents(2 * count)
+    return [
+        win | {"audio_lose": win["audio"].roll(9, 0), "video_lose": (win["video"] + x["video"]) / 2}
+        for win, x in zip(clips[:count], clips[count:], strict=True)
+    ]
+
+
 def run(folder, clips=10, dtype=torch.float32, **settings):
     """A short run; → (its log, its weights).
 
@@ -49,7 +58,8 @@ def run(folder, clips=10, dtype=torch.float32, **settings):
     config = TrainConfig(output=str(folder), **defaults | settings)
     model = micro_model()
     model.transformer.to(dtype)
-    result = train(config, model, random_latents(clips), progress=False)
+    data = random_pairs(clips) if config.method == "dpo" else random_latents(clips)
+    result = train(config, model, data, progress=False)
     assert result["steps"] == config.steps
     return outcome(folder)
 

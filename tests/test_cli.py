@@ -35,6 +35,8 @@ def test_version_and_help():
     for command in (
         "demo",
         "prepare",
+        "prepare-pairs",
+        "rank",
         "train",
         "report",
         "sample",

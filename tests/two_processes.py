@@ -24,6 +24,7 @@ RUNS = {
     "watched": {
         "validation": 0.5, "validate_every": 7, "keep": "best", "clips": 16, "checkpoint_every": 7,
     },
+    "dpo": {"method": "dpo", "beta_video": 10.0, "cache_reference": 2},
     "bf16": {"mixed_precision": "bf16", "dtype": torch.bfloat16, "lora_rank": 2},
 }  # fmt: skip
 

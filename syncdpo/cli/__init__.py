@@ -13,8 +13,9 @@ import typer
 from syncdpo import __version__
 from syncdpo.cli.clips import evaluate, sample
 from syncdpo.cli.demonstration import compare_rules, demo, tune
-from syncdpo.cli.latents import prepare, probe
+from syncdpo.cli.latents import prepare, prepare_pairs, probe
 from syncdpo.cli.options import say
+from syncdpo.cli.ranking import rank
 from syncdpo.cli.reports import report
 from syncdpo.cli.training import train
 from syncdpo.training import TrainingDiverged
@@ -47,7 +48,10 @@ def info() -> None:
     typer.echo(describe())
 
 
-for command in (demo, tune, compare_rules, prepare, train, report, sample, evaluate, probe, info):
+for command in (
+    demo, tune, compare_rules, prepare, prepare_pairs, train, report, sample, rank, evaluate, probe,
+    info,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -5,8 +5,9 @@
 `colours`, `sound`, `tally` and `wholeness`; `sound_file` reads sound alone. `captions` reads what
 is said of clips; `latents` encodes them once, in one format or in several `buckets`, and
 `precomputed` reads what the LTX-2 trainer encoded, each clip by `trainer_clip` out of
-`foreign_tensors`. `winners` tells which clips are out of step, and `synthetic` renders some that
-are not. `chance` is where anything random that must be the same again comes from.
+`foreign_tensors`. `pairs` encodes pairs of clips, one preferred over the other. `winners` tells
+which clips are out of step, and `synthetic` renders some that are not. `chance` is where anything
+random that must be the same again comes from.
 """
 
 from .clips import Clip, ClipError, ClipFormat, find_clips, read_clip, write_clip

@@ -13,6 +13,7 @@ from syncdpo.data.files import files_below, readable, reasons
 
 PATH_COLUMNS = ("media_path", "video_path", "file_name", "video", "path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+TABLES = (".csv", ".jsonl", ".json")
 SOUND_COLUMN = "audio"  # as ltx-trainer names it: a file whose sound stands in for the clip's own
 
 # UTF-32's first: the little-endian one begins as UTF-16's does.
@@ -119,6 +120,25 @@ def caption_lines(path: Path) -> tuple[list[str], str | None]:
     return texts, guess
 
 
+def listed_captions(path: Path) -> tuple[list[str], str | None]:
+    """`caption_lines` of a text file; of a table (csv, jsonl, json) its rows' captions.
+
+    Raises ValueError where there is none.
+    """
+    if path.suffix.lower() not in TABLES:
+        return caption_lines(path)
+    try:
+        text, guess = decode_text(path.read_bytes())
+    except UnicodeError as error:
+        raise ValueError(f"captions: {path} is {NO_TEXT}") from error
+    rows = table_rows(path, text)
+    found = [_column(row, CAPTION_COLUMNS, path, number) for number, row in enumerate(rows, 1)]
+    texts = [caption.strip() for caption in found if caption.strip()]
+    if not texts:
+        raise ValueError(f"captions: expected a caption in each row, got none in {path}")
+    return texts, guess
+
+
 def _from_table(folder: Path, table: Path) -> Captions:
     captions = Captions()
     try:
@@ -128,7 +148,7 @@ def _from_table(folder: Path, table: Path) -> Captions:
     if guess:
         captions.notes.append((table, guess))
     nameless = broken = 0
-    for number, row in enumerate(_rows(table, text), start=1):
+    for number, row in enumerate(table_rows(table, text), start=1):
         path = _column(row, PATH_COLUMNS, table, number)
         caption = _column(row, CAPTION_COLUMNS, table, number).strip()
         if not path.strip():
@@ -149,10 +169,13 @@ def _from_table(folder: Path, table: Path) -> Captions:
     return captions
 
 
-def _rows(table: Path, text: str) -> list[dict]:
+def table_rows(table: Path, text: str, argument: str = "captions") -> list[dict]:
+    """The rows of a table's text; `argument` is what an error calls the table."""
     kind = table.suffix.lower()
-    if kind not in (".csv", ".jsonl", ".json"):
-        raise ValueError(f"captions: expected a .csv, .jsonl or .json file, got {readable(table)}")
+    if kind not in TABLES:
+        raise ValueError(
+            f"{argument}: expected a .csv, .jsonl or .json file, got {readable(table)}"
+        )
     try:
         if kind == ".csv":
             return list(csv.DictReader(io.StringIO(text, newline="\n")))
@@ -162,12 +185,12 @@ def _rows(table: Path, text: str) -> list[dict]:
             rows = json.loads(text)
     except (ValueError, RecursionError, csv.Error) as error:
         name = "CSV" if kind == ".csv" else "JSON"
-        raise ValueError(f"captions: {readable(table)} is not valid {name}: {error}") from error
+        raise ValueError(f"{argument}: {readable(table)} is not valid {name}: {error}") from error
     listed = isinstance(rows, list)
     wrong = [row for row in rows if not isinstance(row, dict)] if listed else [rows]
     if wrong:
         got = type(wrong[0]).__name__
-        raise ValueError(f"captions: expected one object per clip in {readable(table)}, got {got}")
+        raise ValueError(f"{argument}: expected one object per row in {readable(table)}, got {got}")
     return rows
 
 

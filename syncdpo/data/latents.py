@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +51,11 @@ from syncdpo.data.winners import winner_flags
 FORMAT = 1
 INDEX = "index.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-OWN = ("trigger",)  # of a cache's identity: what is no model's, so that no model need ask for it
+# Of a cache's identity: what is no model's, so that no model need ask for it.
+OWN = ("trigger", "pairs")
+STREAMS = ("video", "audio")
+LOSER = "{}_lose"  # a loser's stream beside its winner's; none where it is the winner's own
+FOUND = ("flags", "bucket", "shared")  # of a record: what was known only when the clip was read
 
 
 @dataclass
@@ -59,7 +63,8 @@ class PrepareSummary:
     """What one process did: clips made, kept from before, and left out, with reasons.
 
     noted: what the reader had to choose in clips that were made. no_captions: there were none to
-    look into. buckets: how many clips are in each, where there are several.
+    look into. buckets: how many clips are in each, where there are several. unit: what they are
+    called, clips or pairs.
     """
 
     made: int = 0
@@ -71,13 +76,14 @@ class PrepareSummary:
     empty_caption: list[Path] = field(default_factory=list)
     no_captions: bool = False
     buckets: Counter[Bucket] = field(default_factory=Counter)
+    unit: str = "clips"
 
     @property
     def usable(self) -> int:
         return self.made + self.kept
 
     def __str__(self) -> str:
-        lines = [f"{self.usable} clips in the cache ({self.made} made, {self.kept} kept)"]
+        lines = [f"{self.usable} {self.unit} in the cache ({self.made} made, {self.kept} kept)"]
         lines += [f"  {count} in {bucket}" for bucket, count in sorted(self.buckets.items())]
         named = (("skipped", self.skipped), ("flagged", self.flagged), ("noted", self.noted))
         for title, rows in named:
@@ -90,12 +96,12 @@ class PrepareSummary:
                 lines.append(f"{len(paths)} {title} caption:")
                 lines += [f"  {readable(path)}" for path in paths]
         if self.no_captions:
-            lines.append("no captions: none of the clips has one")
+            lines.append(f"no captions: none of the {self.unit} has one")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One clip to encode: where it is, what it is called, and where its latents go."""
 
     path: Path
@@ -103,6 +109,9 @@ class _Item:
     caption: str | None
     target: Path
     sound: Path | None = None
+
+    def is_there(self) -> bool:
+        return self.path.is_file() and (self.sound is None or self.sound.is_file())
 
     def record(self, identity: str) -> dict:
         """What a finished file says about its origin; a file that says otherwise is stale."""
@@ -119,6 +128,23 @@ class _Item:
             stat = self.sound.stat()
             record["sound"] = [readable(self.sound.name), stat.st_size, stat.st_mtime_ns]
         return record
+
+    def decode(self, formats: dict) -> tuple[Bucket | None, Clip]:
+        """The clip, in the format of the bucket that fits it. Raises ClipError."""
+        return decode_into(formats, self.path, partial(decode_clip, sound=self.sound))
+
+    def flags(self, clip: Clip) -> list[str]:
+        return winner_flags(clip, self.path, self.sound)
+
+    def encode(self, model, clip: Clip, caption: str) -> dict[str, Tensor]:
+        return model.encode(clip, caption)
+
+    def found(self, clip: Clip) -> dict:
+        """What else its record says, now that it is read."""
+        return {}
+
+    def notes(self, clip: Clip) -> tuple[str, ...]:
+        return clip.notes
 
 
 def prepare(
@@ -151,21 +177,56 @@ def prepare(
     another model, other buckets or another trigger, or has a name that is not UTF-8, a bucket is
     none of the model's, or no clip can be used, OSError (ENOSPC) where the disk is full.
     """
+    _check_shard(shard)
+    items, left = _list_items(clips, captions, sounds or {}, Path(out))
+    return prepare_items(
+        model,
+        items,
+        out,
+        left=left,
+        captioned=captions is not None,
+        own={} if trigger is None else {"trigger": trigger},
+        buckets=buckets,
+        strict=strict,
+        shard=shard,
+        progress=progress,
+    )
+
+
+def prepare_items(
+    model,
+    items: Sequence[Item],
+    out: str | Path,
+    *,
+    left: list[tuple[Path, str]],
+    captioned: bool,
+    own: dict,
+    buckets: Sequence[Bucket] = (),
+    strict: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+    unit: str = "clips",
+) -> PrepareSummary:
+    """What `prepare` does, of items of any kind, all of this cache.
+
+    left: what cannot be read, with reasons. captioned: whether there are captions to look into.
+    own: what the cache's identity says beside the model's (see `OWN`). unit: what items are called.
+    """
     rank, world = _check_shard(shard)
     out = Path(out)
     if bytes(out) != str(out).encode("utf-8", "replace"):  # safetensors finds no file there
         raise ValueError(f"out: expected a folder with a name in UTF-8, got {readable(out)}")
     formats, identity = _formats(model, buckets)
-    if trigger is not None:
-        identity |= {"trigger": trigger}
-    items, left = _list_items(clips, captions, sounds or {}, out)
+    identity |= own
     _claim(out, identity)
 
-    summary = PrepareSummary(skipped=left if rank == 0 else [], no_captions=captions is None)
+    summary = PrepareSummary(
+        skipped=left if rank == 0 else [], no_captions=not captioned, unit=unit
+    )
     if len(formats) > 1:
         summary.buckets |= Counter(dict.fromkeys(formats, 0))
     mine = items[rank::world]
-    if captions is not None:
+    if captioned:
         summary.without_caption = [item.path for item in mine if item.caption is None]
         summary.empty_caption = [item.path for item in mine if item.caption == ""]
     try:
@@ -175,10 +236,10 @@ def prepare(
             initial=len(mine) - len(pending),
             disable=not progress,
             desc="prepare",
-            unit="clip",
+            unit=unit.removesuffix("s"),
         ) as bar:
             # While the model encodes, a thread decodes the next ones.
-            decoded = futures(partial(_decode_into, formats), pending, threads=1, ahead=2)
+            decoded = futures(lambda item: item.decode(formats), pending, threads=1, ahead=2)
             for item, clip in zip(pending, decoded, strict=True):
                 _encode(model, item, clip, identity, strict, summary)
                 bar.update()
@@ -188,12 +249,12 @@ def prepare(
             raise
         raise OSError(
             error.errno,
-            f"the disk is full after {summary.usable} of {len(mine)} clips; "
+            f"the disk is full after {summary.usable} of {len(mine)} {unit}; "
             "free some space and run the same command again, it goes on from there",
             str(out),
         ) from error
     if mine and not summary.usable:
-        raise ValueError(f"clips: none of {len(mine)} can be used\n{summary}")
+        raise ValueError(f"{unit}: none of {len(mine)} can be used\n{summary}")
     return summary
 
 
@@ -202,6 +263,9 @@ class LatentDataset(Dataset):
 
     Clips are ordered by their source's name, whoever prepared them and in whichever order.
     `buckets` has the bucket of each, None where the cache has one clip format.
+    `pairs`: whether it holds pairs (see `syncdpo.data.pairs`). "video" and "audio" are then the
+    winner's, "video_lose" and "audio_lose" the loser's; a stream that winner and loser share in
+    every pair has none. Where `losers` is set to false, items are the winners alone.
     `identity`: `model.identity()`, or `mixed_identity(model, buckets)`; a cache of another VAE,
     text encoder or clip format raises ValueError naming what differs, and one with files that are
     missing, damaged or of another model names them: headers are read at once. Tensors are read
@@ -221,13 +285,19 @@ class LatentDataset(Dataset):
             _check_identity(self.folder, index["identity"], identity | own)
         self.identity: dict = index["identity"]
         self.clips: list[dict] = index["clips"]
+        self.pairs: bool = self.identity.get("pairs", False)
+        self.losers = self.pairs
         self.buckets = [
             Bucket(*clip["bucket"]) if "bucket" in clip else None for clip in self.clips
         ]
         if not self.clips:
             raise ValueError(
-                f"folder: {self.folder} lists no clips; `syncdpo prepare` has not finished there"
+                f"folder: {self.folder} lists no {'pairs' if self.pairs else 'clips'}; "
+                f"`{self._command}` has not finished there"
             )
+        self.shared = [
+            s for s in STREAMS if all(s in clip.get("shared", ()) for clip in self.clips)
+        ]
         self._check_files()
 
     def __len__(self) -> int:
@@ -235,8 +305,13 @@ class LatentDataset(Dataset):
 
     @property
     def names(self) -> list[str]:
-        """What each clip is called: its source's path."""
-        return [clip["source"] for clip in self.clips]
+        """What each clip is called: its source's path; a pair is called as its winner, so that all
+        of one winner go the same way where clips are chosen by their names."""
+        return [clip.get("win", clip["source"]) for clip in self.clips]
+
+    @property
+    def _command(self) -> str:
+        return "syncdpo prepare-pairs" if self.pairs else "syncdpo prepare"
 
     def _check_files(self) -> None:
         """Whether each file is as long as its header says, of this cache's model and its bucket."""
@@ -253,30 +328,37 @@ class LatentDataset(Dataset):
         if broken:
             raise ValueError(
                 f"{self.folder}: {len(broken)} of {len(names)} files are missing, damaged or of "
-                f"another model ({', '.join(broken)}); run `syncdpo prepare` again"
+                f"another model ({', '.join(broken)}); run `{self._command}` again"
             )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         path = self.folder / "latents" / self.clips[index]["file"]
         try:
-            return load_file(path)
+            sample = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"{path} is missing or damaged ({error}); run `syncdpo prepare` again"
+                f"{path} is missing or damaged ({error}); run `{self._command}` again"
             ) from error
+        if not self.pairs:
+            return sample
+        for stream in STREAMS:
+            loser = sample.pop(LOSER.format(stream), sample[stream])
+            if (
+                self.losers and stream not in self.shared
+            ):  # batches are of items with one set of names
+                sample[LOSER.format(stream)] = loser
+        return sample
 
 
 # --- one clip -------------------------------------------------------------------------------------
 
 
-def _keep(item: _Item, identity: dict, strict: bool, summary: PrepareSummary) -> bool:
+def _keep(item: Item, identity: dict, strict: bool, summary: PrepareSummary) -> bool:
     """Whether the clip's latents are there and whole, from this very source and model."""
     found = _stored_record(item.target)
-    if found is None or not item.path.is_file():
+    if found is None or not item.is_there():
         return False
-    if item.sound is not None and not item.sound.is_file():
-        return False
-    flags, bucket = found.pop("flags"), found.pop("bucket", None)
+    flags, bucket, _ = (found.pop(name, None) for name in FOUND)
     if found != item.record(digest(identity)):
         return False
     if not _report(item, flags, strict, summary):
@@ -287,11 +369,11 @@ def _keep(item: _Item, identity: dict, strict: bool, summary: PrepareSummary) ->
 
 
 def _encode(
-    model, item: _Item, clip: Future, identity: dict, strict: bool, summary: PrepareSummary
+    model, item: Item, clip: Future, identity: dict, strict: bool, summary: PrepareSummary
 ) -> None:
     try:
         bucket, decoded = clip.result()
-        flags = winner_flags(decoded, item.path, item.sound)
+        flags = item.flags(decoded)
     except ClipError as error:
         summary.skipped.append((item.path, error.reason))
         return
@@ -301,23 +383,24 @@ def _encode(
     if _report(item, flags, strict, summary):
         return
     take_format(model, bucket)
-    tensors = model.encode(decoded, with_trigger(identity.get("trigger"), item.caption or ""))
+    caption = with_trigger(identity.get("trigger"), item.caption or "")
+    tensors = item.encode(model, decoded, caption)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         summary.skipped.append((item.path, f"its {', '.join(broken)} came out NaN or infinite"))
         return
-    record = item.record(digest(identity)) | {"flags": flags}
+    record = item.record(digest(identity)) | {"flags": flags} | item.found(decoded)
     if bucket is not None:
         record["bucket"] = list(bucket)
         summary.buckets[bucket] += 1
     # One metadata key only: the header's order, so the file's bytes, never depend on hashing.
     write_atomic(item.target, save(tensors, metadata={"syncdpo": canonical_json(record)}))
-    summary.noted += [(item.path, note) for note in decoded.notes]
+    summary.noted += [(item.path, note) for note in item.notes(decoded)]
     summary.made += 1
 
 
-def _report(item: _Item, flags: list[str], strict: bool, summary: PrepareSummary) -> bool:
+def _report(item: Item, flags: list[str], strict: bool, summary: PrepareSummary) -> bool:
     """Notes the winner's faults; True where they leave the clip out."""
     if flags:
         (summary.skipped if strict else summary.flagged).append((item.path, "; ".join(flags)))
@@ -338,14 +421,16 @@ def _formats(model, buckets: Sequence[Bucket]) -> tuple[dict, dict]:
     return {None: model.clip_format}, model.identity()
 
 
-def _decode_into(formats: dict, item: _Item) -> tuple[Bucket | None, Clip]:
-    read = partial(_decode, sound=item.sound)
+def decode_into(formats: dict, path: Path, read: Callable) -> tuple[Bucket | None, Clip]:
+    """What `read(path, clip format)` gives, in the bucket that fits; None where there is one."""
     if None in formats:
-        return None, read(item.path, formats[None])
-    return read_into(item.path, formats, read)
+        return None, read(path, formats[None])
+    return read_into(path, formats, read)
 
 
-def _decode(path: Path, clip_format, sound: Path | None = None) -> Clip:
+def decode_clip(
+    path: Path, clip_format, sound: Path | None = None, require_sound: bool = True
+) -> Clip:
     return read_clip(
         path,
         seconds=clip_format.seconds,
@@ -353,7 +438,7 @@ def _decode(path: Path, clip_format, sound: Path | None = None) -> Clip:
         size=(clip_format.height, clip_format.width),
         sample_rate=clip_format.sample_rate,
         channels=clip_format.channels,
-        require_sound=True,
+        require_sound=require_sound,
         sound=sound,
     )
 
@@ -363,7 +448,7 @@ def _decode(path: Path, clip_format, sound: Path | None = None) -> Clip:
 
 def _list_items(
     clips, captions: Mapping[str, str] | None, sounds: Mapping[str, Path], out: Path
-) -> tuple[list[_Item], list[tuple[Path, str]]]:
+) -> tuple[list[Item], list[tuple[Path, str]]]:
     """The clips, and what cannot be read, with reasons."""
     left = []
     if isinstance(clips, (str, Path)):
@@ -382,11 +467,11 @@ def _list_items(
         caption = caption_of(source, captions) if captions is not None else None
         sound = sounds.get(source)
         source = readable(source)  # a name that is not UTF-8 stands in no index
-        items.append(_Item(path, source, caption, out / "latents" / _file_name(source), sound))
+        items.append(Item(path, source, caption, out / "latents" / file_name(source), sound))
     return sorted(items, key=lambda item: item.source), left
 
 
-def _file_name(source: str) -> str:
+def file_name(source: str) -> str:
     """Readable and unique: the source's stem, and a hash of its whole relative path."""
     stem = "".join(c if c.isalnum() else "-" for c in Path(source).stem)[:40]
     return f"{stem}-{hashlib.blake2b(source.encode(), digest_size=6).hexdigest()}.safetensors"
@@ -405,7 +490,7 @@ def _claim(out: Path, identity: dict) -> None:
         write_atomic(out / INDEX, canonical_json(content).encode())
 
 
-def _write_index(out: Path, identity: dict, items: list[_Item], strict: bool) -> None:
+def _write_index(out: Path, identity: dict, items: Sequence[Item], strict: bool) -> None:
     """Lists the finished files of all processes.
 
     Lock-free: whoever writes looks again afterwards, and writes again where a file has come in
@@ -415,7 +500,7 @@ def _write_index(out: Path, identity: dict, items: list[_Item], strict: bool) ->
     ours, written = digest(identity), None
     while True:
         records = [_stored_record(item.target) for item in items]
-        shown = ("source", "caption", "flags", "bucket", "sound")
+        shown = ("source", "caption", "win", "lose", "sound", *FOUND)
         listed = [
             {"file": item.target.name, **{key: r[key] for key in shown if key in r}}
             for item, r in zip(items, records, strict=True)

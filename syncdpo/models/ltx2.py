@@ -87,6 +87,7 @@ class LTX2:
         default = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default
         self.sigma, self.shift_bound = sigma, shift_bound
+        self._text: tuple[tuple, dict[str, Tensor]] | None = None  # of the caption encoded last
         others = {"text_encoder": text_encoder, "video_vae": video_vae, "audio_vae": audio_vae}
         self.parts = Parts(str(name), self.dtype, device, text_encoder_precision, **others)
         if not allow_distilled and self.parts.distilled:
@@ -177,7 +178,15 @@ class LTX2:
         return {
             "video": self._encode_video(clip),
             "audio": self._encode_audio(clip),
-        } | {name: tensor[0] for name, tensor in self.conditions([caption]).items()}
+        } | self._conditions_of(caption)
+
+    def _conditions_of(self, caption: str) -> dict[str, Tensor]:
+        """`conditions` of one caption, which the next clip may have too: both of a pair do."""
+        asked = (caption, self.text_encoder_precision)
+        if self._text is None or self._text[0] != asked:
+            told = {name: tensor[0] for name, tensor in self.conditions([caption]).items()}
+            self._text = asked, told
+        return dict(self._text[1])
 
     def _encode_video(self, clip: Clip) -> Tensor:
         vae = self.parts.pipeline("vae").vae

@@ -18,12 +18,16 @@ METHODS = {
     "sft": "supervised fine-tuning",
     "syncdpo": "SyncDPO (arXiv 2605.12179): preferring synchronised clips over the same clips with "
     "their timing distorted",
+    "dpo": "DPO (Diffusion-DPO's loss, of picture and sound together) on pairs of clips that were "
+    "given, one preferred over the other",
 }
 FACTS = (  # of the settings, those that the card's table shows
     "method", "rules", "matched", "curriculum", "trained", "lora_rank", "steps", "learning_rate",
     "beta_video", "beta_audio", "reference",
 )  # fmt: skip
-OF_PAIRS = {"rules", "matched", "curriculum", "beta_video", "beta_audio", "reference"}
+OF_RULES = {"rules", "matched", "curriculum"}
+OF_PAIRS = {"beta_video", "beta_audio", "reference"}
+LEFT_OUT = {"sft": OF_RULES | OF_PAIRS, "dpo": OF_RULES}  # facts that say nothing of a method
 
 
 def model_card(
@@ -39,7 +43,8 @@ def model_card(
 
     base: "name" as the run named it, "repository" of the hub or None, "version" or None,
         "fingerprint".
-    settings: of the run, by name; all_settings: all of them as yaml. clips: how many it saw.
+    settings: of the run, by name; all_settings: all of them as yaml. clips: how many it saw, of
+        `dpo` how many pairs.
     repository: of the hub, where these weights will be; a folder's name stands for it else.
     step: after which of its steps they were what they are; the last one by default.
     """
@@ -79,8 +84,10 @@ def _base(base: Mapping[str, str | None]) -> str:
 def _facts(
     base: Mapping[str, str | None], settings: Mapping[str, object], clips: int, step: str
 ) -> str:
-    shown = [name for name in FACTS if settings["method"] == "syncdpo" or name not in OF_PAIRS]
-    rows = [("base", f"`{base['name']}`, weights `{base['fingerprint']}`"), ("clips", clips)]
+    method = str(settings["method"])
+    shown = [name for name in FACTS if name not in LEFT_OUT.get(method, ())]
+    data = ("pairs" if method == "dpo" else "clips", clips)
+    rows = [("base", f"`{base['name']}`, weights `{base['fingerprint']}`"), data]
     rows += [(name.replace("_", " "), f"`{settings[name]}`") for name in shown]
     rows += [("weights of step", f"`{step}`")] * bool(step)
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

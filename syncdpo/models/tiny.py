@@ -148,7 +148,8 @@ class Tiny:
         correct what it has begun wrongly, if it can tell. Clip b is a function of seed[b].
 
         video: [B,96,40], pictures that are given, without noise. They follow the same path, by
-        their true velocity (x − x₀)/σ, and only the sound is the model's.
+        their true velocity (x − x₀)/σ, and only the sound is the model's. They come back as they
+        are, not as that path rounds them, so that two sounds to one picture share it exactly.
         """
         batch, sigmas = len(seed), sampling_sigmas(steps).to(seed.device)
         shapes = (
@@ -173,7 +174,7 @@ class Tiny:
                 (1 - then) * (x - now * v) + then * e
                 for x, v, e in zip(noisy, velocity, noise, strict=True)
             ]
-        return tuple(noisy)
+        return (noisy[0] if video is None else video, noisy[1])
 
     def decode(self, video: Tensor, audio: Tensor) -> list[Clip]:
         """Latents [B,96,40] and [B,50,32] to clips of 48 pictures and 32,000 samples."""

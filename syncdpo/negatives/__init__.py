@@ -7,7 +7,7 @@ asks whether a rule can be told by the sound alone. Needs torch alone.
 """
 
 from .distortion import Distortion
-from .pairs import PairDraw, Pairs, draw_pairs, make_pairs
+from .pairs import PairDraw, Pairs, draw_pairs, given_pairs, make_pairs
 from .rules import Mixture, Replace, Rule, Scale, Shift, Warp, parse_rule
 from .timeline import Timeline
 from .waveforms import distort_source, warp_keeping_pitch
@@ -25,6 +25,7 @@ __all__ = [
     "Warp",
     "distort_source",
     "draw_pairs",
+    "given_pairs",
     "make_pairs",
     "parse_rule",
     "warp_keeping_pitch",

@@ -7,7 +7,7 @@ Two kinds of pairs, φ being one rule's distortions (φ₁ and φ₂ are exchang
 
 In a plain pair the audio alone tells the loser, by whatever traces φ leaves; in a matched pair
 only the timing between picture and sound does. The plain pairs are SyncDPO's (arXiv 2605.12179),
-the matched ones this project's own.
+the matched ones this project's own. Pairs that somebody else made are taken as they are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Pairs(NamedTuple):
     """Winners and losers, (video, audio) each, and what tells about them, [B].
 
     `rule` int64 indexes `RULES`; `strength` is the largest displacement between winner and loser
-    in seconds; where `valid` is false both came out the same and the pair must not count.
+    in seconds; where `valid` is false both came out the same and the pair must not count. Of pairs
+    that no rule made, `rule` is -1, `strength` and `difficulty` are NaN.
     """
 
     win: tuple[Tensor, Tensor]
@@ -196,6 +197,24 @@ def make_pairs(
         device=video.device,
     )
     return draw.make(video, audio)
+
+
+def given_pairs(win: tuple[Tensor, Tensor], lose: tuple[Tensor, Tensor]) -> Pairs:
+    """Winners and losers from anywhere, (video, audio) each, as they are.
+
+    A stream that both share may be the very same tensor in both, and is then noised once.
+    """
+    valid = torch.stack([_differ(*both) for both in zip(win, lose, strict=True)]).any(0)
+    unknown = torch.full(valid.shape, torch.nan, device=valid.device)
+    return Pairs(
+        win=win,
+        lose=lose,
+        rule=torch.full(valid.shape, -1, device=valid.device),
+        strength=unknown,
+        difficulty=unknown,
+        matched=torch.zeros_like(valid),
+        valid=valid,
+    )
 
 
 def _chances(batch: int, device: torch.device | str | None, generator: Generator | None) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+OF_RULES = ("rules", "matched", "curriculum")  # settings of losers that are made on the fly
+
 
 def _setting(default, text: str):
     return field(default=default, metadata={"help": text})
@@ -20,7 +22,9 @@ class TrainingDiverged(RuntimeError):
 class TrainConfig:
     """Every setting of a run, with its default. Raises ValueError naming the setting at fault."""
 
-    data: str = _setting("", "cache of `syncdpo prepare`, or an LTX-2 trainer's .precomputed")
+    data: str = _setting(
+        "", "cache of `syncdpo prepare` or prepare-pairs, or an LTX-2 trainer's .precomputed"
+    )
     output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
     model: str = _setting("tiny", "tiny, or LTX-2: a diffusers folder or hub id, or a file")
     text_encoder: str = _setting("", "file or folder of LTX-2's text encoder, where model has none")
@@ -31,7 +35,7 @@ class TrainConfig:
         "", "start from these, all weights or a LoRA of any tool, instead of the model's own"
     )
     allow_partial: bool = _setting(False, "take what fits of a LoRA in weights, leave the rest")
-    method: str = _setting("syncdpo", "sft or syncdpo")
+    method: str = _setting("syncdpo", "sft, syncdpo, or dpo: of pairs made by prepare-pairs")
     reference: str = _setting(
         "weights", "what margins are measured against: weights as loaded, or the base without them"
     )
@@ -88,7 +92,7 @@ class TrainConfig:
         from syncdpo.negatives.rules import parse_rule
 
         choices = {
-            "method": ("sft", "syncdpo"),
+            "method": ("sft", "syncdpo", "dpo"),
             "reference": ("weights", "base"),
             "optimizer": ("adamw", "adamw8bit"),
             "base_precision": ("bf16", "fp8", "int8", "nf4"),
@@ -107,6 +111,8 @@ class TrainConfig:
                     f"{name}: expected {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         parse_rule(self.rules)
+        if self.method == "dpo":
+            self._check_no_rules()
         lowest = {"steps": 1, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1}
         lowest |= dict.fromkeys(("warmup", "lora_rank", "draws", "cache_reference", "workers"), 0)
         lowest |= {"sample_every": 0, "sample_count": 1, "sample_steps": 0}
@@ -147,6 +153,20 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: expected 0 with the adaptive curriculum, got {getattr(self, name)}"
                 )
+
+    def _check_no_rules(self) -> None:
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name in OF_RULES:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}: expected none with method: dpo, whose losers are on disk and made by "
+                    f"no rule, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method compares winners with losers, and so asks a reference."""
+        return self.method != "sft"
 
     @property
     def model_options(self) -> dict:

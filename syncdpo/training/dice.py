@@ -36,8 +36,8 @@ from syncdpo.training.config import TrainConfig
 class Roll:
     """For each of B clips: its number, noise levels, noise seed, and what makes its pair.
 
-    `pairs` is None where the method makes none, `bucket` where the clips are of one format, which
-    the model is in.
+    `pairs` is None where the method makes none (of `dpo` they come with the batch), `bucket` where
+    the clips are of one format, which the model is in.
     """
 
     clips: Tensor
@@ -192,7 +192,8 @@ class Dice:
         sigma = self.model.draw_sigma(len(clips), source)
         seed = torch.randint(2**63 - 1, (len(clips),), generator=source)
         # Pairs come last: leaving them out changes nothing that is drawn before.
-        pairs = None if self.config.method == "sft" else self._pairs(len(clips), difficulty, source)
+        made = self.config.method == "syncdpo"
+        pairs = self._pairs(len(clips), difficulty, source) if made else None
         return Roll(
             clips=torch.tensor(clips, device=self.device),
             sigma=tuple(s.to(self.device) for s in sigma),

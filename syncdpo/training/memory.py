@@ -219,7 +219,7 @@ def _yaml(value) -> str:
 
 
 def _pairs(config: TrainConfig) -> bool:
-    return config.method == "syncdpo"
+    return config.compares
 
 
 def _tokens(model: Model) -> tuple[int, int]:

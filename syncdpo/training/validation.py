@@ -15,6 +15,9 @@ figure changes with the weights alone, and training does not know whether it was
 model as the run found it: its errors are those of the first validation, at step 0, for SFT as for
 SyncDPO. With `reference: base` they are the base's. Either way they are computed once, and kept
 with the checkpoints.
+
+Of given pairs (`dpo`) the loser is the one that there is, so that two forwards give one margin and
+one accuracy.
 """
 
 from __future__ import annotations
@@ -37,15 +40,17 @@ from syncdpo.data.chance import generator
 from syncdpo.data.files import digest, readable
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Conditions, Model, Streams
-from syncdpo.negatives import PairDraw, draw_pairs
+from syncdpo.negatives import PairDraw, draw_pairs, given_pairs
 from syncdpo.negatives.rules import parse_rule
 from syncdpo.training.checkpoint import Log
 from syncdpo.training.config import TrainConfig
+from syncdpo.training.given import check_pairs, split_batch
 
 DIFFICULTIES = (0.0, 0.5, 1.0)
 FORWARDS = 1 + len(DIFFICULTIES)  # of a clip, at each validation
+GIVEN = ("pairs",)  # what stands in the names of figures for a difficulty, where pairs are given
 # What a clip costs in training, in forwards of one sample; a backward is two of them.
-TRAINING_FORWARDS = {"sft": 3, "syncdpo": 8}
+TRAINING_FORWARDS = {"sft": 3, "syncdpo": 8, "dpo": 8}
 COST = 1 / 30  # of training, where `validate_every` leaves it to us; promised is a twentieth
 LEAST = 6  # validations in a run, by which one can still tell a good step from a bad one
 
@@ -72,6 +77,9 @@ def hold_out(
         if own := present_format(model):  # the one that opening them left the model in
             held_out.buckets = [bucket or own for bucket in buckets_of(held_out)]
         take_format(model, trained)
+    if held_out is not None:
+        name = "validation_data" if config.validation_data else "held_out"
+        check_pairs(config, held_out, name, progress)
     if not config.validation:
         if held_out is None and (config.keep == "best" or config.patience):
             raise ValueError(
@@ -120,10 +128,16 @@ class Plan:
         if config.validate_every:
             return cls(clips, config.validate_every)
         trained = config.steps * config.batch_size * config.accumulation * processes
-        affordable = COST * trained * TRAINING_FORWARDS[config.method] / FORWARDS
+        forwards = 1 + len(levels(config))
+        affordable = COST * trained * TRAINING_FORWARDS[config.method] / forwards
         some = min(clips, max(1, int(affordable / LEAST)))
         times = max(2, int(affordable / some))
         return cls(some, math.ceil(config.steps / (times - 1)))
+
+
+def levels(config: TrainConfig) -> tuple[str, ...]:
+    """What the losers of a held-out clip are called in the names of figures."""
+    return GIVEN if config.method == "dpo" else tuple(f"{d:g}" for d in DIFFICULTIES)
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -139,7 +153,8 @@ class Validation:
     What is best: the highest accuracy at the highest difficulty among the validations whose
     winners' error is not beyond chance above `winner_bound` times r's; of equals, the lowest
     `sft_loss`: who is as good at telling a pair and has forgotten less. Of SFT, which learns no
-    pairs, the lowest `sft_loss` among them. Step 0 takes part.
+    pairs, the lowest `sft_loss` among them. Step 0 takes part. Given pairs have one difficulty,
+    their own.
     """
 
     def __init__(
@@ -153,6 +168,7 @@ class Validation:
     ):
         self.config, self.model, self.data = config, model, data
         self.accelerator, self.save_best = accelerator, save_best
+        self.levels = levels(config)
         self.by_loss = config.method == "sft"
         self.state = progress["validation"] or {
             "clips": None, "reference": None, "best": None, "without_better": 0,
@@ -215,7 +231,7 @@ class Validation:
         if self._is_best(step, figures) and self.config.keep == "best":
             self.save_best(step)
         best = self.state["best"]
-        accuracy = figures[f"accuracy_{DIFFICULTIES[-1]:g}"]
+        accuracy = figures[f"accuracy_{self.levels[-1]}"]
         shown = "—" if accuracy is None else f"{accuracy:.2f}"
         shown = {"held-out": shown, "winners": f"×{figures['winner_ratio']:.2f}"}
         log.found(step, "validation", figures | {"best_step": best and best["step"]}, shown)
@@ -237,12 +253,12 @@ class Validation:
             "valid": valid.double().mean().item(),
             "clips": len(errors),
         }
-        for level, difficulty in enumerate(DIFFICULTIES):
+        for level, called in enumerate(self.levels):
             own = margins[:, level][valid[:, level]]
             hits = (own.sign() + 1) / 2  # as the implicit accuracy of training has it
             for name, values in (("accuracy", hits), ("margin", own)):
                 mean = values.mean().item() if len(values) else None
-                figures[f"{name}_{difficulty:g}"] = mean
+                figures[f"{name}_{called}"] = mean
         return figures
 
     def _margins(self, errors: Tensor, reference: Tensor) -> Tensor:
@@ -257,7 +273,7 @@ class Validation:
     def _is_best(self, step: int, figures: dict) -> bool:
         found = {
             "step": step,
-            "accuracy": figures[f"accuracy_{DIFFICULTIES[-1]:g}"],
+            "accuracy": figures[f"accuracy_{self.levels[-1]}"],
             "sft_loss": figures["sft_loss"],
         }
         kept = figures["winner_ratio_least"] <= self.config.winner_bound
@@ -281,9 +297,9 @@ class Validation:
     def _errors(self, transformer: nn.Module) -> tuple[Tensor, Tensor]:
         """Errors [clips, winner and losers, streams], float64, and which losers differ from their
         winners, [clips, losers] bool; the same on every process."""
-        device, clips = self.accelerator.device, len(self.places)
-        errors = torch.zeros(clips, FORWARDS, 2, dtype=torch.float64, device=device)
-        valid = torch.zeros(clips, FORWARDS - 1, dtype=torch.int64, device=device)
+        device, clips, losers = self.accelerator.device, len(self.places), len(self.levels)
+        errors = torch.zeros(clips, 1 + losers, 2, dtype=torch.float64, device=device)
+        valid = torch.zeros(clips, losers, dtype=torch.int64, device=device)
         training = transformer.training
         transformer.eval()
         for rows, counts in self._share():
@@ -316,11 +332,14 @@ class Validation:
         take_format(self.model, self.buckets[rows[0]])
         batch = default_collate([self.data[self.places[row]] for row in rows])
         batch = {name: x.to(device) for name, x in batch.items()}
-        clean = (batch.pop("video"), batch.pop("audio"))
+        clean, lose, batch = split_batch(batch)
         drawn = [self.draw(self.names[row]) for row in rows]
         sigma = tuple(torch.cat([d.sigma[m] for d in drawn]).to(device) for m in range(2))
         seed = torch.cat([d.seed for d in drawn]).to(device)
-        inputs, valid = _winner_and_losers(clean, [d.pairs for d in drawn])
+        if self.config.method == "dpo":
+            inputs, valid = [clean, lose], given_pairs(clean, lose).valid[:, None]
+        else:
+            inputs, valid = _winner_and_losers(clean, [d.pairs for d in drawn])
         noise = [ops.noise(x.shape, seed, stream=m) for m, x in enumerate(clean)]
         errors = [
             self._error(transformer, pair, noise, sigma, seed, batch) for pair in batched(inputs, 2)
@@ -358,6 +377,8 @@ class Validation:
         source = generator(self.config.seed, "validation", name)
         sigma = self.model.draw_sigma(1, source)
         seed = torch.randint(2**63 - 1, (1,), generator=source)
+        if self.config.method == "dpo":
+            return Draw(sigma, seed, None)
         video, audio = self.model.timelines
         pairs = draw_pairs(
             len(DIFFICULTIES),
@@ -374,11 +395,11 @@ class Validation:
 
 @dataclass(frozen=True)
 class Draw:
-    """Of one clip: its noise levels and noise seed, [1] each, and its losers."""
+    """Of one clip: its noise levels and noise seed, [1] each, and what makes its losers."""
 
     sigma: Streams
     seed: Tensor
-    pairs: PairDraw
+    pairs: PairDraw | None
 
 
 def ratio_of_means(above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ SILENT = 0.5
 class History:
     """The rows of a run so far, by their kind, and what they are of.
 
-    clips: that are trained on; batch: clips per step, over all processes.
+    clips: that are trained on, or pairs; batch: of them per step, over all processes.
     """
 
     config: TrainConfig
@@ -172,10 +172,13 @@ def accuracy_stuck(history: History) -> str | None:
             break
     if pairs < STUCK_PAIRS or hits / pairs >= STUCK:
         return None
+    doubt = "the clips are in step (`syncdpo probe` tells whether the rules can be heard)"
+    if history.config.method == "dpo":
+        doubt = "the winners of data are the better ones"
     return (
         f"nothing is learnt: accuracy is {hits / pairs:.2f} over the last {pairs:.0f} pairs, as by "
-        "chance; raise learning_rate if margin stays near 0, lower it if not, or see whether the "
-        "clips are in step (`syncdpo probe` tells whether the rules can be heard)"
+        "chance; raise learning_rate if margin stays near 0, lower it if not, or see whether "
+        f"{doubt}"
     )
 
 
@@ -195,6 +198,11 @@ def pairs_alike(history: History) -> str | None:
         valid = history.validations[-1][1]["valid"]
     if valid is None or valid >= VALID:
         return None
+    if history.config.method == "dpo":
+        return (
+            f"{1 - valid:.0%} of the pairs count nothing: their winner and loser are alike; set "
+            "data to pairs that differ by more than a hundredth of their size"
+        )
     return (
         f"{1 - valid:.0%} of the pairs count nothing: their winner and loser came out alike, as of "
         "silence or a hum; set data to clips that have sounds of their own (`syncdpo prepare "
@@ -206,8 +214,9 @@ def too_few_clips(history: History) -> str | None:
     seen = history.done * history.batch / history.clips
     if history.clips >= FEW_CLIPS or seen <= OFTEN:
         return None
+    unit = "pairs" if history.config.method == "dpo" else "clips"
     return (
-        f"{history.clips} clips, each seen {seen:.0f} times by now, stand for nothing but "
+        f"{history.clips} {unit}, each seen {seen:.0f} times by now, stand for nothing but "
         f"themselves; set data to {FEW_CLIPS} or more, or steps to fewer"
     )
 

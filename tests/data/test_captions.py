@@ -161,9 +161,9 @@ BAD_TABLES = {
     "e.csv": (b"path,text\na.mp4," + b"x" * 200_000 + b"\n", "e.csv is not valid CSV"),
     "f.csv": (b"path,text\na.mp4,\x81\x8d\n", "f.csv is neither UTF-8"),
     "g.csv": (b"clip;text\na.mp4;x\n", "expected one of the columns"),
-    "h.json": (b'["a"]', "expected one object per clip in .*, got str"),
-    "k.json": (b'{"a.mp4": "x"}', "expected one object per clip in .*, got dict"),
-    "l.json": (b"5", "expected one object per clip in .*, got int"),
+    "h.json": (b'["a"]', "expected one object per row in .*, got str"),
+    "k.json": (b'{"a.mp4": "x"}', "expected one object per row in .*, got dict"),
+    "l.json": (b"5", "expected one object per row in .*, got int"),
     "i.tsv": (b"path\ttext\n", "expected a .csv, .jsonl or .json"),
     "j.jsonl": (b'{"path": "a.mp4"}', "expected one of the columns caption, text, prompt"),
 }

@@ -98,7 +98,7 @@ def test_cache_holds_what_the_model_encoded(folder, tmp_path):
     item = dataset[1]
     assert "".join(map(chr, item["prompt"].tolist())) == dataset.clips[1]["caption"]
     assert item["prompt"].tolist() == [ord(c) for c in "clip number 2"]
-    decoded = latents._decode(folder / "a" / "2.mp4", Format())
+    decoded = latents.decode_clip(folder / "a" / "2.mp4", Format())
     torch.testing.assert_close(item["video"], decoded.video.float().mean((1, 2)), rtol=0, atol=0)
     assert item["audio"].dtype == torch.bfloat16
 

@@ -48,7 +48,7 @@ def test_a_cached_reference_says_how_many_draws_there_are():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "dpo"}, "method: expected sft, syncdpo, got 'dpo'"),
+        ({"method": "ppo"}, "method: expected sft, syncdpo, dpo, got 'ppo'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate: expected more than 0, got nan"),
         ({"beta_audio": -1.0}, r"beta_audio: expected at least 0, got -1\.0"),

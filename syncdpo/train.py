@@ -237,12 +237,13 @@ def policy_and_reference(
     loaded = loaded_adapter(policy) is not None
     wanted = model.of_audio if config.trained == "audio" else lambda name: True
     if config.gradient_checkpointing:
-        policy.enable_gradient_checkpointing()
+        recompute_activations(policy)
     for module in filter(None, (policy, base)):
         quantise(module, config.base_precision, device)
     if config.lora_rank:
         train_adapter(policy, config.lora_rank, model.lora_targets, wanted, config.seed)
     else:
+        check_untied(policy)
         merge_adapter(policy)
         if config.compares and reference is None:
             reference = frozen_copy(policy)
@@ -253,6 +254,27 @@ def policy_and_reference(
     if config.lora_rank and loaded and config.reference == "weights":
         keep_reference(policy)
     return policy.train(), reference
+
+
+def recompute_activations(transformer: nn.Module) -> None:
+    """Raises ValueError for one that has no way to."""
+    if not hasattr(transformer, "enable_gradient_checkpointing"):
+        raise ValueError(
+            "gradient_checkpointing: expected false, or a transformer with a method "
+            f"enable_gradient_checkpointing(), which {type(transformer).__name__} has not"
+        )
+    transformer.enable_gradient_checkpointing()
+
+
+def check_untied(transformer: nn.Module) -> None:
+    """Raises ValueError where one weight has two names, which safetensors does not store."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in transformer.named_parameters(remove_duplicate=False):
+        if names.setdefault(parameter, name) != name:
+            raise ValueError(
+                f"lora_rank: expected a LoRA of {type(transformer).__name__}, whose {name} is its "
+                f"{names[parameter]} too, which no file of all weights can hold, got 0"
+            )
 
 
 def frozen_copy(transformer: nn.Module) -> nn.Module:

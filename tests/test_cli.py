@@ -44,6 +44,7 @@ def test_version_and_help():
         "probe",
         "tune",
         "compare-rules",
+        "check-model",
         "info",
     ):
         assert command in help_text

@@ -14,6 +14,7 @@ from syncdpo import __version__
 from syncdpo.cli.clips import evaluate, sample
 from syncdpo.cli.demonstration import compare_rules, demo, tune
 from syncdpo.cli.latents import prepare, prepare_pairs, probe
+from syncdpo.cli.models import check_model
 from syncdpo.cli.options import say
 from syncdpo.cli.ranking import rank
 from syncdpo.cli.reports import report
@@ -48,10 +49,11 @@ def info() -> None:
     typer.echo(describe())
 
 
-for command in (
+COMMANDS = (
     demo, tune, compare_rules, prepare, prepare_pairs, train, report, sample, rank, evaluate, probe,
-    info,
-):  # fmt: skip
+    check_model, info,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 

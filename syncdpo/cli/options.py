@@ -23,7 +23,11 @@ OffsetSpread = Annotated[
     ),
 ]
 ModelName = Annotated[
-    str, typer.Option(help="tiny, or LTX-2: a diffusers folder or hub id, or a .safetensors file.")
+    str,
+    typer.Option(
+        help="tiny, or LTX-2: a diffusers folder or hub id, or a .safetensors file; or your own, "
+        "module:Class."
+    ),
 ]
 Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
 _Part = Annotated[

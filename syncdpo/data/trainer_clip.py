@@ -8,6 +8,7 @@ name.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,8 @@ class Layout:
 
     @classmethod
     def of(cls, model, root: Path) -> Layout:
-        if not hasattr(model, "set_format") or "audio_scale_factor" not in model.config:
+        config = getattr(model, "config", None)
+        if not isinstance(config, Mapping) or "audio_scale_factor" not in config:
             raise ValueError(
                 f"data: {root} holds latents of LTX-2; expected an LTX-2 pipeline as model, "
                 f"got {type(model).__name__}"

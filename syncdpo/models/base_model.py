@@ -15,13 +15,14 @@ SAMPLES = 64  # numbers of each tensor that make the fingerprint
 VERSION_KEYS = ("base_version", "ss_ltx_version", "ss_base_model_version", "modelspec.architecture")
 
 
-def version_of(config: Mapping[str, Any]) -> str | None:
-    """2.0, 2.3 or 2.5, from the settings of diffusers' LTX-2 transformer; None for another class.
+def version_of(config: Mapping[str, Any] | object) -> str | None:
+    """2.0, 2.3 or 2.5, from the settings of diffusers' LTX-2 transformer; None for another class,
+    whose settings may be of any kind.
 
     Since 2.3 the text is modulated, and projected before it comes here; 2.5 has no biases in the
     video's feed-forward layers, and may modulate the text by no σ.
     """
-    if "cross_attn_mod" not in config:
+    if not isinstance(config, Mapping) or "cross_attn_mod" not in config:
         return None
     if not config["cross_attn_mod"]:
         return "2.0"
@@ -52,6 +53,8 @@ def fingerprint(transformer: nn.Module) -> str:
         numbers = tensor.reshape(-1)
         count = min(SAMPLES, len(numbers))
         places = [i * (len(numbers) - 1) // max(count - 1, 1) for i in range(count)]
-        sample = numbers[torch.tensor(places, device=numbers.device)].to(torch.bfloat16)
+        sample = numbers[torch.tensor(places, dtype=torch.int64, device=numbers.device)].to(
+            torch.bfloat16
+        )
         digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -123,16 +123,20 @@ def read_lora(
     return Lora(pairs, unmatched)
 
 
-def written_lora(pairs: Pairs) -> tuple[dict[str, Tensor], dict[str, str]]:
+def written_lora(
+    pairs: Pairs, *, own_names: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file that ComfyUI, ltx-core and diffusers load as W + B·A.
 
     There are no keys for alpha: diffusers refuses them, ltx-core takes no notice. It equals the
     rank, which is what all three suppose where there is none, and diffusers is told so, as its
     older versions do not suppose it where ranks differ.
+
+    own_names: of a model that is not LTX-2, whose modules have no other, original names.
     """
     tensors, ranks = {}, {}
     for module, (a, b) in pairs.items():
-        name = PREFIX + original_name(module)
+        name = PREFIX + (module if own_names else original_name(module))
         tensors[f"{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{name}.lora_B.weight"] = b.contiguous()
         ranks[module] = len(a)

@@ -55,7 +55,7 @@ def model_card(
     data = ModelCardData(
         base_model=published,
         base_model_relation=("adapter" if lora else "finetune") if published else None,
-        library_name="diffusers",
+        library_name=None if _is_own(base) else "diffusers",
         pipeline_tag="text-to-video" if published else None,
         tags=["syncdpo", "audio-video", "synchronisation"]
         + ["lora"] * lora
@@ -78,7 +78,14 @@ def model_card(
 def _base(base: Mapping[str, str | None]) -> str:
     if base["name"] == "tiny":
         return "the embedded model of syncdpo"
+    if _is_own(base):
+        return f"the model `{base['name']}`"
     return f"LTX-2 of version {base['version']} (`{base['name']}`)"
+
+
+def _is_own(base: Mapping[str, str | None]) -> bool:
+    """Whether it is a model of the user's own, which no other tool knows of."""
+    return base["name"] != "tiny" and base["version"] is None
 
 
 def _facts(
@@ -100,6 +107,11 @@ def _loading(
     ours = f"""**syncdpo**
 
     syncdpo sample --model {base["repository"] or base["name"]} --weights {file}"""
+    if _is_own(base):
+        return (
+            f"{ours}\n\nThe model's own code comes first: `{base['name']}` is a module of Python. "
+            "The tensors are called as its modules are."
+        )
     if published is None:
         return f"{ours}\n\nNo other tool has this base."
     if not lora:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from syncdpo.data.clips import Clip, ClipFormat
+from syncdpo.models.own import is_own, load_own
 from syncdpo.negatives.timeline import Timeline
 from syncdpo.versions import checked_versions
 
@@ -27,7 +28,9 @@ class Model(Protocol):
     `syncdpo.data.buckets.Bucket`: it changes `clip_format` and `timelines`, and with them what
     `encode`, `draw_sigma` and `velocity` take and give. Training calls it before every batch of a
     cache that holds more than one. Such a model may also have `check_latents(sample)`, which
-    raises ValueError where a cached sample does not fit its weights and its format.
+    raises ValueError where a cached sample does not fit its weights and its format, and
+    `put_aside()`, called after samples were made, which lets go of what training does not need.
+    docs/models.md shows all of it on a model of sixty lines.
     """
 
     transformer: nn.Module
@@ -35,7 +38,9 @@ class Model(Protocol):
     timelines: tuple[Timeline, Timeline]
     velocity_sign: int
     lora_targets: Sequence[str]
-    adds_sound: bool  # whether `generate` takes `video`, latents of pictures that want a sound
+    # Whether `generate` takes `video`, latents of pictures that want a sound; such a model also has
+    # `decode(video, audio)`, latents [B, …] to a list of clips.
+    adds_sound: bool
 
     def of_audio(self, name: str) -> bool:
         """Whether a parameter or module of `transformer`, by its name, serves the audio alone."""
@@ -85,7 +90,8 @@ class Model(Protocol):
 
 
 def load_model(name: str, **options) -> Model:
-    """ "tiny", or an LTX-2 checkpoint: a diffusers pipeline, or a `.safetensors` file.
+    """ "tiny", or an LTX-2 checkpoint: a diffusers pipeline, or a `.safetensors` file; or a user's
+    own model, "my_model:Own" or "folder/my_model.py:Own" (docs/models.md).
 
     Raises ValueError where an option is given to a model that has no use for it, or a clip format
     cannot be had, and `WrongVersions` where the libraries beneath cannot be imported.
@@ -101,6 +107,8 @@ def load_model(name: str, **options) -> Model:
             from syncdpo.models.tiny import Tiny
 
         return Tiny(**options)
+    if is_own(name):
+        return load_own(name, options)
     with checked_versions():
         from syncdpo.models.ltx2 import LTX2
 

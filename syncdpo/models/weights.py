@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from syncdpo.models.adapters import add_adapter
 from syncdpo.models.base_model import version_named, version_of
 from syncdpo.models.lora_keys import (
     Pairs,
@@ -56,13 +57,15 @@ def save_weights(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if getattr(transformer, "peft_config", None):
-        tensors, metadata = written_lora(scaled_pairs(transformer, state))
+        own_names = version_of(getattr(transformer, "config", None)) is None
+        tensors, metadata = written_lora(scaled_pairs(transformer, state), own_names=own_names)
         name = LORA
     else:
-        transformer.save_config(folder)
+        if hasattr(transformer, "save_config"):  # diffusers'
+            transformer.save_config(folder)
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         metadata, name = {"format": "pt"}, FULL
-    if version := version_of(transformer.config):
+    if version := version_of(getattr(transformer, "config", None)):
         metadata["base_version"] = version
     save_file(tensors, folder / name, metadata=dict(about or {}) | metadata)
 
@@ -140,17 +143,21 @@ def weights_file(path: Path) -> Path:
     for name in (LORA, FULL):
         if (path / name).is_file():
             return path / name
-    found = [
-        file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(CHECKPOINTS)
-    ]
+    found = weights_in(path)
     if len(found) > 1:
         raise ValueError(
-            f"weights: expected one .safetensors file in {path}, got "
-            f"{named([file.name for file in found])}; name the one that you mean"
+            f"weights: expected one .safetensors file in {path}, got {named(found)}; name the one "
+            "that you mean"
         )
     if not found:
         raise FileNotFoundError(f"weights: expected {LORA} or {FULL} in {path}")
-    return found[0]
+    return path / found[0]
+
+
+def weights_in(folder: Path) -> list[str]:
+    """The names of all files of weights in a folder, but a run's checkpoints."""
+    names = (file.name for file in sorted(folder.glob("*.safetensors")))
+    return [name for name in names if not name.startswith(CHECKPOINTS)]
 
 
 def holds_lora(path: Path) -> bool:
@@ -171,7 +178,7 @@ def place_lora(
 ) -> None:
     """Give `transformer` an adapter of copies of these pairs; in their own dtype by default."""
     settings = lora_settings({name: len(a) for name, (a, _) in pairs.items()})
-    transformer.add_adapter(LoraConfig(**settings), adapter)
+    add_adapter(transformer, LoraConfig(**settings), adapter)
     for name, pair in pairs.items():
         layer = transformer.get_submodule(name)
         for half, value in zip((layer.lora_A, layer.lora_B), pair, strict=True):
@@ -193,7 +200,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_version(file: Path, metadata: Mapping[str, str], transformer: nn.Module) -> None:
-    made_for, version = version_named(metadata), version_of(transformer.config)
+    made_for, version = version_named(metadata), version_of(getattr(transformer, "config", None))
     if made_for and version and made_for != version:
         raise ValueError(
             f"weights: {file} was made for LTX-2 of version {made_for}, as its metadata says; "
@@ -223,5 +230,5 @@ def _load_lora(
         )
         if not allow_partial:
             raise ValueError(f"{note}; --allow-partial takes the others")
-    place_lora(transformer, lora.pairs, dtype or transformer.dtype)
+    place_lora(transformer, lora.pairs, dtype or next(transformer.parameters()).dtype)
     return note and f"{note}; they are left out"

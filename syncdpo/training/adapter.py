@@ -10,9 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from syncdpo.models.adapters import (
+    adapted_layers,
+    add_adapter,
+    enable_adapters,
+    merge_adapters,
+    remove_adapters,
+    set_adapter,
+)
 from syncdpo.models.lora_keys import Pairs, lora_settings
 from syncdpo.models.weights import ADAPTER, place_lora, scaled_pairs
 
@@ -35,20 +42,39 @@ def train_adapter(
     transformer.requires_grad_(False)
     loaded = loaded_pairs(transformer)
     if loaded:
-        transformer.unload_lora()
+        remove_adapters(transformer)
     ends = tuple(f".{target}" for target in targets)
-    modules = [n for n, _ in transformer.named_modules() if n.endswith(ends) and wanted(n)]
+    # A dot before the name as well, for one that stands at the top.
+    modules = [n for n, _ in transformer.named_modules() if f".{n}".endswith(ends) and wanted(n)]
+    _check_targets(transformer, modules, targets)
     ranks = {name: len(a) for name, (a, _) in loaded.items()}
     _say_wider(ranks, rank)
     ranks |= {name: max(rank, ranks.get(name, 0)) for name in modules}
     set_seed(seed)  # the adapter's random half
-    transformer.add_adapter(LoraConfig(**lora_settings(ranks)), ADAPTER)
+    add_adapter(transformer, LoraConfig(**lora_settings(ranks)), ADAPTER)
     for name, (a, b) in loaded.items():
         layer = transformer.get_submodule(name)
         first, second = (half[ADAPTER].weight for half in (layer.lora_A, layer.lora_B))
         # In the loaded one's precision, which may be more than the model's.
         first.data, second.data = first.data.to(a.dtype), second.data.to(b.dtype)
         first.data[: len(a)], second.data[:, : len(a)] = a, b
+
+
+def _check_targets(transformer: nn.Module, modules: Sequence[str], targets: Sequence[str]) -> None:
+    """Raises ValueError where the targets name nothing that is wanted, or no linear layer."""
+    kind = type(transformer).__name__
+    if not modules:
+        raise ValueError(
+            f"lora_targets: expected ends of names of modules in {kind} that are to be trained, "
+            f"got {', '.join(targets)}, which none has"
+        )
+    for name in modules:
+        layer = transformer.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"lora_targets: expected linear layers, got {name} of {kind}, which is "
+                f"{type(layer).__name__}"
+            )
 
 
 def _say_wider(ranks: dict[str, int], rank: int) -> None:
@@ -68,11 +94,10 @@ def merge_adapter(transformer: nn.Module) -> None:
     LoRA would be lost.
     """
     if loaded_adapter(transformer):
-        for module in transformer.modules():
-            if isinstance(module, LoraLayer):
-                module.float()
-        transformer.fuse_lora()
-        transformer.unload_lora()
+        for layer in adapted_layers(transformer):
+            layer.float()
+        merge_adapters(transformer)
+        remove_adapters(transformer)
         transformer.requires_grad_()  # which peft had frozen
 
 
@@ -92,7 +117,7 @@ def keep_reference(transformer: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         place_lora(transformer, loaded_pairs(transformer), adapter=REFERENCE)
-    transformer.set_adapter(ADAPTER)
+    set_adapter(transformer, ADAPTER)
     for parameter in transformer.parameters():
         parameter.requires_grad_(trained.get(parameter, False))
 
@@ -105,12 +130,12 @@ def as_reference(transformer: nn.Module) -> Iterator[None]:
             yield
         return
     trained = _trained(transformer)
-    transformer.set_adapter(REFERENCE)
+    set_adapter(transformer, REFERENCE)
     _set_trained(trained)
     try:
         yield
     finally:
-        transformer.set_adapter(ADAPTER)
+        set_adapter(transformer, ADAPTER)
         _set_trained(trained)
 
 
@@ -119,12 +144,12 @@ def adapter_switched_off(transformer: nn.Module) -> Iterator[None]:
     trained = _trained(transformer)
     # peft freezes what it switches off, which FSDP2 would take for the base's, and switches on
     # with all of it trainable.
-    transformer.disable_adapters()
+    enable_adapters(transformer, False)
     _set_trained(trained)
     try:
         yield
     finally:
-        transformer.enable_adapters()
+        enable_adapters(transformer, True)
         _set_trained(trained)
 
 

@@ -26,7 +26,7 @@ class TrainConfig:
         "", "cache of `syncdpo prepare` or prepare-pairs, or an LTX-2 trainer's .precomputed"
     )
     output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
-    model: str = _setting("tiny", "tiny, or LTX-2: a diffusers folder or hub id, or a file")
+    model: str = _setting("tiny", "tiny, LTX-2's folder, hub id or file, or your own module:Class")
     text_encoder: str = _setting("", "file or folder of LTX-2's text encoder, where model has none")
     video_vae: str = _setting("", "file or folder of LTX-2's video VAE, where model has none")
     audio_vae: str = _setting("", "file or folder of LTX-2's audio VAE, where model has none")

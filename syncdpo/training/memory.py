@@ -13,6 +13,7 @@ from diffusers import LTX2VideoTransformer3DModel
 
 from syncdpo.data.precomputed import open_latents
 from syncdpo.models import Model, load_model
+from syncdpo.models.own import is_own
 from syncdpo.models.quantised import BLOCKS, quantisable, scale_bytes, stored_bytes
 from syncdpo.training.adapter import train_adapter
 from syncdpo.training.config import TrainConfig
@@ -174,6 +175,12 @@ def describe_needs(config: TrainConfig, *, tflops: float | None = None) -> str:
 
 def out_of_memory(config: TrainConfig) -> str:
     """One sentence for a run that found no memory: what it needs, and what would save most."""
+    if is_own(config.model):
+        some = "; ".join(said for said, _ in _cheaper(config)) or "shorter or smaller clips"
+        return (
+            f"the GPU ran out of memory; how much {config.model} needs is not known here, less "
+            f"with one of {some}"
+        )
     model = _model_with_format(config)
 
     def total(candidate: TrainConfig) -> float:
@@ -229,6 +236,11 @@ def _tokens(model: Model) -> tuple[int, int]:
 
 
 def _model_with_format(config: TrainConfig) -> Model:
+    if is_own(config.model):
+        raise ValueError(
+            "estimate: expected tiny or LTX-2, whose blocks the formulas are of, got "
+            f"{config.model}"
+        )
     model = load_model(config.model, sigma=config.sigma)
     if config.data:
         open_latents(config.data, model)

@@ -14,11 +14,12 @@ from syncdpo.data.files import write_atomic
 from syncdpo.models import Model
 from syncdpo.models.base_model import fingerprint, version_of
 from syncdpo.models.model_card import model_card
-from syncdpo.models.weights import FULL, LORA
+from syncdpo.models.own import is_own
+from syncdpo.models.weights import FULL, LORA, weights_in
 from syncdpo.training.config import TrainConfig, dump_config
 
 CARD = "README.md"
-FILES = (LORA, FULL, "config.json", CARD)  # what goes to the hub; logs and checkpoints stay
+BESIDE = ("config.json", CARD)  # what goes to the hub beside the weights; logs stay
 PATHS = (
     "data", "validation_data", "output", "model", "weights", "sample_pictures", "sample_captions",
 )  # fmt: skip
@@ -46,7 +47,7 @@ def about(config: TrainConfig, model: Model) -> dict[str, str]:
         "method": config.method,
         "settings": json.dumps(asdict(shareable(config))),
     }
-    version = version_of(getattr(model.transformer, "config", {}))
+    version = version_of(getattr(model.transformer, "config", None))
     return told | ({"base_version": version} if version else {})
 
 
@@ -67,6 +68,8 @@ def shareable(config: TrainConfig) -> TrainConfig:
 
 def on_hub(name: str) -> bool:
     """Whether a model's name is a repository of the hub: `owner/name`, and no folder here."""
+    if is_own(name):
+        return False
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
@@ -75,7 +78,8 @@ def write_card(config: TrainConfig, told: Mapping[str, str], clips: int) -> None
     base = {
         "name": told["base_model"],
         "repository": config.model if on_hub(config.model) else None,
-        "version": told.get("base_version"),
+        # A model of the user's own may have LTX-2's transformer, and is not LTX-2 for that.
+        "version": None if is_own(config.model) else told.get("base_version"),
         "fingerprint": told["base_fingerprint"],
     }
     title = (config.push_to_hub or Path(config.output).resolve().name).rpartition("/")[2]
@@ -97,7 +101,9 @@ def upload(folder: Path, repository: str) -> str:
 
     Raises OSError, in one sentence, whatever went wrong: the weights are still in `folder`.
     """
-    files = [name for name in FILES if (folder / name).is_file()]
+    # By our names; a model of the user's own may have others.
+    weights = [n for n in (LORA, FULL) if (folder / n).is_file()] or weights_in(folder)
+    files = [*weights, *(name for name in BESIDE if (folder / name).is_file())]
     hub = HfApi()
     try:
         hub.create_repo(repository, private=True, exist_ok=True)

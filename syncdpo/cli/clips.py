@@ -47,7 +47,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What to steer away from; guidance is LTX-2's alone.")
+        str | None, typer.Option(help="What to steer away from; tiny has no guidance.")
     ] = None,
     stg_block: Annotated[
         list[int] | None,
@@ -55,7 +55,10 @@ def sample(
     ] = None,
     **options,
 ) -> None:
-    """Generate clips as mp4; LTX-2 by its pipeline, guided as the pipeline guides by default."""
+    """Generate clips as mp4, guided as the model's own pipeline guides by default.
+
+    Of the weights of guidance Kandinsky 6 has --guidance-scale alone; all are LTX-2's.
+    """
     from syncdpo.sampling import generate, noise_seeds
 
     guidance = {name: options.pop(name) for name in GUIDANCE}

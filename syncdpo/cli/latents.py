@@ -24,7 +24,7 @@ SIZE = ("frames", "height", "width")  # of `FORMAT`, what a bucket holds
 Trigger = Annotated[str | None, typer.Option(metavar="WORD", help="Put before every caption.")]
 Shard = Annotated[str, typer.Option(help="rank/world: this process's share.")]
 TextPrecision = Annotated[
-    str | None, typer.Option(help="LTX-2: bf16, or fp8, int8 or nf4, on a small GPU.")
+    str | None, typer.Option(help="Not of tiny: bf16, or fp8, int8 or nf4, on a small GPU.")
 ]
 
 

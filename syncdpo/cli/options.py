@@ -25,8 +25,8 @@ OffsetSpread = Annotated[
 ModelName = Annotated[
     str,
     typer.Option(
-        help="tiny, or LTX-2: a diffusers folder or hub id, or a .safetensors file; or your own, "
-        "module:Class."
+        help="tiny; a diffusers folder or hub id of LTX-2 or Kandinsky 6; LTX-2's .safetensors; "
+        "or your own, module:Class."
     ),
 ]
 Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
@@ -34,14 +34,18 @@ _Part = Annotated[
     Path | None,
     typer.Option(help="File or folder of that part of LTX-2, where the model has none."),
 ]
-_Pixels = Annotated[int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32.")]
+_Pixels = Annotated[
+    int | None, typer.Option(help="Pixels; LTX-2: a multiple of 32; Kandinsky 6: of 16.")
+]
 # What `load` takes beside the model's name.
 PARTS = dict.fromkeys(("text_encoder", "video_vae", "audio_vae"), _Part)
 FORMAT = {
-    "frames": Annotated[int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1.")],
+    "frames": Annotated[
+        int | None, typer.Option(help="Pictures per clip; LTX-2: 8k+1; Kandinsky 6: 4k+1.")
+    ],
     "height": _Pixels,
     "width": _Pixels,
-    "fps": Annotated[float | None, typer.Option(help="Pictures per second.")],
+    "fps": Annotated[float | None, typer.Option(help="Pictures per second; Kandinsky 6: 24.")],
 }
 
 

@@ -1,8 +1,9 @@
 """Generators behind one small protocol; whoever follows it can be trained by `syncdpo.train`.
 
-`load_model("tiny")` is the embedded default, "my_model:Own" a user's own; any other name is an
-LTX-2 checkpoint: a diffusers pipeline, by folder or hub id, or a file of Lightricks. Each model is
-imported when it is first asked for. `check_model` calls every member of one.
+`load_model("tiny")` is the embedded default, "my_model:Own" a user's own; any other name is a
+checkpoint: a diffusers pipeline of LTX-2 or Kandinsky 6, by folder or hub id, or a file of
+Lightricks. Each model is imported when it is first asked for. `check_model` calls every member of
+one.
 """
 
 from importlib import import_module

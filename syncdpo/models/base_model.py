@@ -1,4 +1,4 @@
-"""Which base a LoRA belongs to: the version of LTX-2, and a fingerprint of its weights."""
+"""Which base a LoRA belongs to: its family and version, and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,28 @@ from torch import nn
 SAMPLES = 64  # numbers of each tensor that make the fingerprint
 # Where our own files and those of musubi-tuner, ai-toolkit and others say a version.
 VERSION_KEYS = ("base_version", "ss_ltx_version", "ss_base_model_version", "modelspec.architecture")
+KANDINSKY6_SIZES = {1792: "6.0 Lite", 4096: "6.0 Pro"}  # by the width of the picture's stream
+
+
+def is_kandinsky6(config: Mapping[str, Any] | object) -> bool:
+    """Whether these are the settings of diffusers' Kandinsky 6 transformer."""
+    known = isinstance(config, Mapping)
+    return known and "in_visual_dim" in config and "in_audio_dim" in config
 
 
 def version_of(config: Mapping[str, Any] | object) -> str | None:
-    """2.0, 2.3 or 2.5, from the settings of diffusers' LTX-2 transformer; None for another class,
-    whose settings may be of any kind.
+    """2.0, 2.3 or 2.5, from the settings of diffusers' LTX-2 transformer; 6.0 Lite, 6.0 Pro, or 6.0
+    of another size, from those of Kandinsky 6's; None for another class, whose settings may be of
+    any kind.
 
     Since 2.3 the text is modulated, and projected before it comes here; 2.5 has no biases in the
     video's feed-forward layers, and may modulate the text by no σ.
     """
-    if not isinstance(config, Mapping) or "cross_attn_mod" not in config:
+    if not isinstance(config, Mapping):
+        return None
+    if is_kandinsky6(config):
+        return KANDINSKY6_SIZES.get(config["model_dim"], "6.0")
+    if "cross_attn_mod" not in config:
         return None
     if not config["cross_attn_mod"]:
         return "2.0"

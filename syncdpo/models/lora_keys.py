@@ -6,7 +6,8 @@
     musubi-tuner           lora_unet_model_<original module, dots as _>.lora_down.weight, alpha
     peft                   base_model.model.<module>.lora_A.weight, alpha in adapter_config.json
 
-Modules are called as in diffusers' transformer, or as in Lightricks' own, the original. Here every
+Modules are called as in diffusers' transformer, or as in the model's own code, the original: that
+of Lightricks, or Kandinsky 6's, whose names ComfyUI has (`visual_blocks.0.videoT`). Here every
 module has one pair (A [rank, in], B [out, rank]) with W + B·A; a scale alpha / rank other than 1
 is folded into B, in float32, as no two tools read one from the same place.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,16 @@ ORIGINAL = {
     "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
     "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
 }
+# Within the blocks of Kandinsky 6, as ComfyUI renames its published weights when it loads them.
+KANDINSKY6 = {
+    "visual_transformer_blocks.": "visual_blocks.",
+    "video_dec_block.": "videoT.",
+    "audio_dec_block.": "audioT.",
+    ".attn.": ".self_attention.",
+    ".feed_forward.net.0.proj": ".feed_forward.in_layer",
+    ".feed_forward.net.2": ".feed_forward.out_layer",
+}
+KANDINSKY6_BLOCKS = re.compile(r"(visual|video_text|audio_text)_transformer_blocks\.")
 PREFIXES = re.compile(
     r"(base_model\.model\.|model\.|diffusion_model\.|transformer\."
     r"|lora_unet_|lora_transformer_|lycoris_|model_)"
@@ -74,7 +85,11 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def original_name(module: str) -> str:
-    """What Lightricks' own transformer calls a module that diffusers calls `module`."""
+    """What the model's own transformer calls a module that diffusers calls `module`."""
+    if KANDINSKY6_BLOCKS.match(module):
+        for ours, original in KANDINSKY6.items():
+            module = module.replace(ours, original)
+        return module
     first, dot, rest = module.partition(".")
     return ORIGINAL.get(first, first) + dot + rest
 
@@ -124,19 +139,19 @@ def read_lora(
 
 
 def written_lora(
-    pairs: Pairs, *, own_names: bool = False
+    pairs: Pairs, prefix: str = PREFIX, spelled: Callable[[str], str] = original_name
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file that ComfyUI, ltx-core and diffusers load as W + B·A.
+
+    prefix, spelled: how a tool calls a module.
 
     There are no keys for alpha: diffusers refuses them, ltx-core takes no notice. It equals the
     rank, which is what all three suppose where there is none, and diffusers is told so, as its
     older versions do not suppose it where ranks differ.
-
-    own_names: of a model that is not LTX-2, whose modules have no other, original names.
     """
     tensors, ranks = {}, {}
     for module, (a, b) in pairs.items():
-        name = PREFIX + (module if own_names else original_name(module))
+        name = prefix + spelled(module)
         tensors[f"{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{name}.lora_B.weight"] = b.contiguous()
         ranks[module] = len(a)

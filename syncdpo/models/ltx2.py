@@ -8,29 +8,33 @@ and the distribution of σ in training; both follow the model's published traine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
+from diffusers import LTX2Pipeline
 from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
 
 from syncdpo.data.clips import Clip, ClipFormat
-from syncdpo.models.ltx2_parts import NEEDED, Parts
+from syncdpo.models.diffusers_model import (
+    DiffusersModel,
+    check_clip_format,
+    check_not_distilled,
+    check_precision,
+    place_of_work,
+)
+from syncdpo.models.ltx2_parts import Parts
 from syncdpo.models.noise_levels import draw_sigma
-from syncdpo.models.quantised import PRECISIONS
-from syncdpo.models.weights import load_weights, of_audio, save_weights
+from syncdpo.models.weights import of_audio
 from syncdpo.negatives.timeline import Timeline
 
-ENCODERS = ("vae", "audio_vae", "text_encoder", "connectors")  # what a cache depends on
 MEL_WINDOW = 1024  # samples of one Fourier transform at the audio VAE's sample rate
 LOWEST_MEL = 1e-5
 
 
-class LTX2:
+class LTX2(DiffusersModel):
     """An LTX-2 checkpoint behind the protocol of `syncdpo.models.Model`.
 
     name: folder or hub id of a diffusers pipeline, or a `.safetensors` file of Lightricks.
@@ -50,9 +54,9 @@ class LTX2:
     and, when it is first needed, for a component that is missing.
     """
 
-    velocity_sign = +1
+    family, title = "ltx2", "LTX-2"
+    encoders = ("vae", "audio_vae", "text_encoder", "connectors")
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    adds_sound = False
     of_audio = staticmethod(of_audio)
     text_tokens = 1024
     shift_bound = 0
@@ -77,24 +81,14 @@ class LTX2:
     ):
         if sigma not in ("shared", "separate"):
             raise ValueError(f"sigma: expected shared or separate, got {sigma!r}")
-        if text_encoder_precision not in PRECISIONS:
-            raise ValueError(
-                f"text_encoder_precision: expected {', '.join(PRECISIONS)}, "
-                f"got {text_encoder_precision!r}"
-            )
+        check_precision(text_encoder_precision)
         self.text_encoder_precision = text_encoder_precision
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or default
+        self.dtype, device = place_of_work(dtype, device)
         self.sigma, self.shift_bound = sigma, shift_bound
-        self._text: tuple[tuple, dict[str, Tensor]] | None = None  # of the caption encoded last
         others = {"text_encoder": text_encoder, "video_vae": video_vae, "audio_vae": audio_vae}
         self.parts = Parts(str(name), self.dtype, device, text_encoder_precision, **others)
-        if not allow_distilled and self.parts.distilled:
-            raise ValueError(
-                f"model: {name} is distilled, as {self.parts.distilled} says; expected the full "
-                "model to train, or --allow-distilled"
-            )
+        if not allow_distilled:
+            check_not_distilled(name, self.parts)
         self.config = self.parts.config("transformer")
         if (self.config["patch_size"], self.config["patch_size_t"]) != (1, 1):
             raise ValueError(f"model: expected a transformer with patches of size 1 in {name}")
@@ -111,13 +105,9 @@ class LTX2:
         """
         stride, down, across = self.config["vae_scale_factors"]
         first = self.config["causal_offset"]
-        if frames < first or (frames - first) % stride:
-            raise ValueError(f"frames: expected a multiple of {stride} plus {first}, got {frames}")
-        for name, size, factor in (("height", height, down), ("width", width, across)):
-            if size < factor or size % factor:
-                raise ValueError(f"{name}: expected a multiple of {factor}, got {size}")
-        if not fps > 0:
-            raise ValueError(f"fps: expected more than 0, got {fps}")
+        check_clip_format(
+            frames, height, width, fps, first=first, stride=stride, down=down, across=across
+        )
         self.clip_format = ClipFormat(
             seconds=frames / fps,
             fps=fps,
@@ -141,15 +131,6 @@ class LTX2:
             ),
         )
 
-    def identity(self) -> dict:
-        """Fingerprints of the encoders' weights, their precisions, and the clip format."""
-        encoders = {name: self.parts.fingerprint(name) for name in ENCODERS}
-        # Caches that a bf16 audio VAE made are off by 18 times the rounding of their latents.
-        precision = {"audio_vae_dtype": "float32"}
-        if self.text_encoder_precision != "bf16":
-            precision["text_encoder_precision"] = self.text_encoder_precision
-        return {"model": "ltx2"} | encoders | precision | vars(self.clip_format)
-
     def check_latents(self, sample: dict[str, Tensor]) -> None:
         """Raises ValueError where a cached sample does not fit the transformer and clip format."""
         video, audio = (timeline.frames * timeline.tokens for timeline in self.timelines)
@@ -163,30 +144,9 @@ class LTX2:
                 heads = connectors[f"{name}_connector_num_attention_heads"]
                 width = heads * connectors[f"{name}_connector_attention_head_dim"]
                 expected[f"{name}_features"] = [self.text_tokens, width]
-        for name, shape in expected.items():
-            if list(sample[name].shape) != shape:
-                raise ValueError(
-                    f"{name}: expected [tokens, channels] of {shape} for {self.parts.name}, "
-                    f"got {list(sample[name].shape)}"
-                )
+        self._check_shapes(sample, expected)
 
     # --- encoding ---------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode(self, clip: Clip, caption: str) -> dict[str, Tensor]:
-        """One clip: "video" [S,C], "audio" [L,C], normalised and packed, and `conditions`."""
-        return {
-            "video": self._encode_video(clip),
-            "audio": self._encode_audio(clip),
-        } | self._conditions_of(caption)
-
-    def _conditions_of(self, caption: str) -> dict[str, Tensor]:
-        """`conditions` of one caption, which the next clip may have too: both of a pair do."""
-        asked = (caption, self.text_encoder_precision)
-        if self._text is None or self._text[0] != asked:
-            told = {name: tensor[0] for name, tensor in self.conditions([caption]).items()}
-            self._text = asked, told
-        return dict(self._text[1])
 
     def _encode_video(self, clip: Clip) -> Tensor:
         vae = self.parts.pipeline("vae").vae
@@ -239,10 +199,6 @@ class LTX2:
         }
 
     # --- the transformer --------------------------------------------------------------------------
-
-    @property
-    def transformer(self) -> LTX2VideoTransformer3DModel:
-        return self.parts["transformer"]
 
     def draw_sigma(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """σ = sigmoid(N(0,1) + μ), stretched, 10 % uniform; see `draw_sigma`."""
@@ -305,58 +261,12 @@ class LTX2:
 
     # --- sampling ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def generate(
-        self, captions: Sequence[str], seeds: Tensor, *, steps: int | None = None, **guidance
-    ) -> Iterator[Clip]:
-        """Clips by `LTX2Pipeline` itself, one at a time, with its own guidance and defaults.
+    def _call(self, pipeline, caption: str, seed: int, options: dict) -> list[Clip]:
+        own = {"use_cross_timestep": self.config["cross_attn_mod"]}
+        return super()._call(pipeline, caption, seed, own | options)
 
-        guidance: options of `LTX2Pipeline.__call__` (`negative_prompt`, `guidance_scale`, …).
-        """
-        pipeline = self.parts.pipeline(*NEEDED)
-        options = guidance if steps is None else guidance | {"num_inference_steps": steps}
-        for caption, seed in zip(captions, seeds.tolist(), strict=True):
-            video, audio = pipeline(
-                caption,
-                height=self.clip_format.height,
-                width=self.clip_format.width,
-                num_frames=round(self.clip_format.seconds * self.clip_format.fps),
-                frame_rate=self.clip_format.fps,
-                generator=torch.Generator().manual_seed(seed),
-                use_cross_timestep=self.config["cross_attn_mod"],
-                output_type="np",
-                return_dict=False,
-                **options,
-            )
-            yield from self._clips(video, audio)
-
-    def check_generation(self, captions: Sequence[str]) -> None:
-        """Raises ValueError for want of a caption, or of a component, whose mend it names."""
-        if not all(captions):
-            raise ValueError("caption: expected text, which LTX-2 generates from, got none")
-        self.parts.find(*NEEDED)
-
-    def put_aside(self) -> None:
-        """All that training does not need back into the machine's memory, to leave the GPU's."""
-        self.parts.put_aside()
-
-    def _clips(self, video: np.ndarray, audio: Tensor) -> list[Clip]:
-        """video [B,T,H,W,3] in [0, 1], audio [B,C,N]."""
-        rate = self.parts["vocoder"].config.output_sampling_rate
-        pictures = torch.from_numpy(video).mul(255).round().to(torch.uint8)
-        audio = audio.float().cpu().clamp(-1, 1)
-        return [
-            Clip(frames, self.clip_format.fps, sound, rate)
-            for frames, sound in zip(pictures, audio, strict=True)
-        ]
-
-    # --- weights ----------------------------------------------------------------------------------
-
-    def save_weights(self, folder: Path, state: dict[str, Tensor], **options) -> None:
-        save_weights(folder, self.transformer, state, **options)
-
-    def load_weights(self, path: Path, **options) -> str:
-        return load_weights(path, self.transformer, **options)
+    def _sample_rate(self) -> int:
+        return self.parts["vocoder"].config.output_sampling_rate
 
 
 def log_mel(audio: Tensor, config) -> Tensor:

@@ -29,6 +29,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2Vocode
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from syncdpo.models.diffusers_parts import PIECE_BYTES, PIECES
 from syncdpo.models.ltx2_settings import PROJECTION, SETTINGS
 from syncdpo.models.ltx2_text import load_packed_text, load_packed_tokenizer
 
@@ -83,7 +84,6 @@ VOCODER_NAMES = {
     "act_post.": "act_out.",
     "downsample.lowpass.": "downsample.",
 }
-PIECES, PIECE_BYTES = 256, 4096
 
 
 class LightricksFile:

@@ -6,14 +6,17 @@ from collections.abc import Mapping
 
 from huggingface_hub import ModelCardData
 
-from syncdpo.models.weights import FULL, LORA
+from syncdpo.models.weights import COMFYUI_LORA, FULL, LORA
 
 # Bases in diffusers' format: what a card names for one that was loaded from a folder.
 PUBLISHED = {
     "2.0": "Lightricks/LTX-2",
     "2.3": "dg845/LTX-2.3-Diffusers",
     "2.5": "Lightricks/LTX-2.5-Diffusers",
+    "6.0 Lite": "kandinskylab/Kandinsky-6.0-Lite-5s-Diffusers",
+    "6.0 Pro": "kandinskylab/Kandinsky-6.0-Pro-5s-Diffusers",
 }
+KANDINSKY6 = "6.0"  # how versions of Kandinsky begin
 METHODS = {
     "sft": "supervised fine-tuning",
     "syncdpo": "SyncDPO (arXiv 2605.12179): preferring synchronised clips over the same clips with "
@@ -59,7 +62,7 @@ def model_card(
         pipeline_tag="text-to-video" if published else None,
         tags=["syncdpo", "audio-video", "synchronisation"]
         + ["lora"] * lora
-        + ["ltx-2"] * bool(published),
+        + ["kandinsky-6" if _of_kandinsky6(base) else "ltx-2"] * bool(published),
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -80,12 +83,18 @@ def _base(base: Mapping[str, str | None]) -> str:
         return "the embedded model of syncdpo"
     if _is_own(base):
         return f"the model `{base['name']}`"
+    if _of_kandinsky6(base):
+        return f"Kandinsky {base['version']} (`{base['name']}`)"
     return f"LTX-2 of version {base['version']} (`{base['name']}`)"
 
 
 def _is_own(base: Mapping[str, str | None]) -> bool:
     """Whether it is a model of the user's own, which no other tool knows of."""
     return base["name"] != "tiny" and base["version"] is None
+
+
+def _of_kandinsky6(base: Mapping[str, str | None]) -> bool:
+    return (base["version"] or "").startswith(KANDINSKY6)
 
 
 def _facts(
@@ -114,6 +123,8 @@ def _loading(
         )
     if published is None:
         return f"{ours}\n\nNo other tool has this base."
+    if _of_kandinsky6(base):
+        return _loading_kandinsky6(lora, published, repository, ours)
     if not lora:
         return f"""**diffusers**
 
@@ -147,6 +158,40 @@ the loader of the LTX-2 checkpoint, strength 1.
 **ltx-pipelines**, beside a pipeline's other options:
 
     python -m ltx_pipelines.ti2vid_one_stage --lora {file} 1.0
+
+{ours}
+
+Alpha equals the rank, so strength 1 is what was trained."""
+
+
+def _loading_kandinsky6(lora: bool, published: str, repository: str, ours: str) -> str:
+    if not lora:
+        return f"""**diffusers**
+
+```python
+import torch
+from diffusers import Kandinsky6TI2VAPipeline, Kandinsky6Transformer3DModel
+
+transformer = Kandinsky6Transformer3DModel.from_pretrained("{repository}", dtype=torch.bfloat16)
+pipeline = Kandinsky6TI2VAPipeline.from_pretrained(
+    "{published}", transformer=transformer, dtype=torch.bfloat16
+)
+```
+
+{ours}"""
+    return f"""**diffusers**
+
+```python
+import torch
+from diffusers import Kandinsky6TI2VAPipeline
+
+pipeline = Kandinsky6TI2VAPipeline.from_pretrained("{published}", dtype=torch.bfloat16).to("cuda")
+pipeline.transformer.load_lora_adapter("{repository}", weight_name="{LORA}")
+```
+
+**ComfyUI**: put `{COMFYUI_LORA}` into `models/loras`, under any name, and a *LoraLoaderModelOnly*
+behind the loader of the Kandinsky 6 checkpoint, strength 1. Its names are those of ComfyUI's own
+Kandinsky 6; it was not tried there.
 
 {ours}
 

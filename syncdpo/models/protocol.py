@@ -15,10 +15,8 @@ from syncdpo.versions import checked_versions
 Streams = tuple[Tensor, Tensor]  # (video, audio), each [B, …]
 Conditions = dict[str, Tensor]  # whatever `encode` gave beside the latents, each [B, …]
 CLIP_OPTIONS = ("frames", "height", "width", "fps")
-LTX2_OPTIONS = (
-    "text_encoder", "video_vae", "audio_vae", "text_encoder_precision", "shift_bound",
-    "allow_distilled",
-)  # fmt: skip
+LTX2_OPTIONS = ("text_encoder", "video_vae", "audio_vae", "shift_bound")
+CHECKPOINT_OPTIONS = ("text_encoder_precision", "allow_distilled")
 
 
 class Model(Protocol):
@@ -90,8 +88,9 @@ class Model(Protocol):
 
 
 def load_model(name: str, **options) -> Model:
-    """ "tiny", or an LTX-2 checkpoint: a diffusers pipeline, or a `.safetensors` file; or a user's
-    own model, "my_model:Own" or "folder/my_model.py:Own" (docs/models.md).
+    """ "tiny", or a checkpoint: a diffusers pipeline of LTX-2 or Kandinsky 6, by folder or hub id,
+    or a `.safetensors` file of LTX-2, whose own class says which it is; or a user's own model,
+    "my_model:Own" or "folder/my_model.py:Own" (docs/models.md).
 
     Raises ValueError where an option is given to a model that has no use for it, or a clip format
     cannot be had, and `WrongVersions` where the libraries beneath cannot be imported.
@@ -101,8 +100,9 @@ def load_model(name: str, **options) -> Model:
             raise ValueError(
                 f"{', '.join(fixed)}: tiny has one clip format, 2 s of 64×64 at 24 fps"
             )
-        if unused := [option for option in LTX2_OPTIONS if options.pop(option, None)]:
-            raise ValueError(f"{', '.join(unused)}: for LTX-2 alone, tiny has none")
+        options = _without(LTX2_OPTIONS, options, "for LTX-2 alone, tiny has none")
+        named = "for LTX-2 and Kandinsky 6 alone, tiny has none"
+        options = _without(CHECKPOINT_OPTIONS, options, named)
         with checked_versions():
             from syncdpo.models.tiny import Tiny
 
@@ -110,6 +110,16 @@ def load_model(name: str, **options) -> Model:
     if is_own(name):
         return load_own(name, options)
     with checked_versions():
-        from syncdpo.models.ltx2 import LTX2
+        from syncdpo.models.families import family_of
 
-    return LTX2(name, **options)
+        family = family_of(name)
+    if family.family != "ltx2":
+        options = _without(LTX2_OPTIONS, options, f"for LTX-2 alone, {family.title} has none")
+    return family(name, **options)
+
+
+def _without(others: Sequence[str], options: dict, why: str) -> dict:
+    """`options` without those, if they are empty; raises ValueError where one is given."""
+    if unused := [option for option in others if options.get(option)]:
+        raise ValueError(f"{', '.join(unused)}: {why}")
+    return {name: value for name, value in options.items() if name not in others}

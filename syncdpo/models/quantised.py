@@ -24,7 +24,12 @@ from torch import Tensor, nn
 
 PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 LIBRARIES = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
-BLOCKS = "transformer_blocks"  # where a diffusers transformer has them: nothing else is quantised
+# Where a diffusers transformer has its blocks, in the order in which they run (LTX-2 the last one,
+# Kandinsky 6 the others): nothing else is quantised.
+BLOCKS = (
+    "video_text_transformer_blocks", "audio_text_transformer_blocks", "visual_transformer_blocks",
+    "transformer_blocks",
+)  # fmt: skip
 PRECISE = ("norm", "embed", "lm_head", "to_gate_logits", "lora_")
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # weights that share a scale; scales that share theirs
 
@@ -59,7 +64,7 @@ def quantise(
 def quantisable(module: nn.Module) -> dict[str, nn.Linear]:
     """The layers that `quantise` takes, by name: of a transformer's blocks, else of all."""
     kept = [*PRECISE, *_kept_precise(module)]
-    within = f"{BLOCKS}." if hasattr(module, BLOCKS) else ""
+    within = tuple(f"{name}." for name in BLOCKS if hasattr(module, name)) or ("",)
     return {
         name: layer
         for name, layer in module.named_modules()

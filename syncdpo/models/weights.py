@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from syncdpo.models.adapters import add_adapter
-from syncdpo.models.base_model import version_named, version_of
+from syncdpo.models.base_model import is_kandinsky6, version_named, version_of
 from syncdpo.models.lora_keys import (
     Pairs,
     is_lora,
     linear_modules,
     lora_settings,
     named,
+    original_name,
     read_lora,
     refuse_other_kinds,
     written_lora,
@@ -26,6 +27,7 @@ from syncdpo.models.lora_keys import (
 
 FULL = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
+COMFYUI_LORA = "comfyui_lora.safetensors"  # the same LoRA, where ComfyUI wants other names
 ADAPTER = "default"  # the one that is loaded, trained and saved
 CHECKPOINTS = ("checkpoint-", "best-")  # of a run: beginnings of names that wait to be finished
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -50,24 +52,29 @@ def save_weights(
     """Write a transformer's state dict to `folder`.
 
     LoRA, where `transformer` carries an adapter: what ComfyUI, ltx-core's loader and
-    `LTX2Pipeline.load_lora_weights` take. Full weights else: what
-    `LTX2VideoTransformer3DModel.from_pretrained` takes.
+    `LTX2Pipeline.load_lora_weights` take; of Kandinsky 6 what `transformer.load_lora_adapter`
+    takes, and a second file for ComfyUI. Full weights else: what its `from_pretrained` takes.
 
     about: what the file's metadata says beside its format, its rank and the version of its base.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config = getattr(transformer, "config", None)
+    version = version_of(config)
     if getattr(transformer, "peft_config", None):
-        own_names = version_of(getattr(transformer, "config", None)) is None
-        tensors, metadata = written_lora(scaled_pairs(transformer, state), own_names=own_names)
-        name = LORA
+        pairs = scaled_pairs(transformer, state)
+        # A model that is neither LTX-2 nor Kandinsky 6 has no names but its own.
+        files = {LORA: written_lora(pairs, spelled=original_name if version else str)}
+        if is_kandinsky6(config):
+            comfyui = written_lora(pairs)
+            files = {LORA: written_lora(pairs, "transformer.", str), COMFYUI_LORA: comfyui}
     else:
         if hasattr(transformer, "save_config"):  # diffusers'
             transformer.save_config(folder)
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        metadata, name = {"format": "pt"}, FULL
-    if version := version_of(getattr(transformer, "config", None)):
-        metadata["base_version"] = version
-    save_file(tensors, folder / name, metadata=dict(about or {}) | metadata)
+        files = {FULL: (tensors, {"format": "pt"})}
+    told = dict(about or {}) | ({"base_version": version} if version else {})
+    for name, (tensors, metadata) in files.items():
+        save_file(tensors, folder / name, metadata=told | metadata)
 
 
 def lora_pairs(state: Mapping[str, Tensor]) -> Pairs:

@@ -99,6 +99,8 @@ def merge_adapter(transformer: nn.Module) -> None:
         merge_adapters(transformer)
         remove_adapters(transformer)
         transformer.requires_grad_()  # which peft had frozen
+        for name in getattr(transformer, "never_trained", ()):
+            transformer.get_parameter(name).requires_grad_(False)
 
 
 def loaded_adapter(transformer: nn.Module) -> LoraConfig | None:

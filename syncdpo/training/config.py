@@ -26,7 +26,9 @@ class TrainConfig:
         "", "cache of `syncdpo prepare` or prepare-pairs, or an LTX-2 trainer's .precomputed"
     )
     output: str = _setting("runs/train", "folder for weights, checkpoints and logs")
-    model: str = _setting("tiny", "tiny, LTX-2's folder, hub id or file, or your own module:Class")
+    model: str = _setting(
+        "tiny", "tiny; LTX-2's or Kandinsky 6's folder, hub id or file; or your own module:Class"
+    )
     text_encoder: str = _setting("", "file or folder of LTX-2's text encoder, where model has none")
     video_vae: str = _setting("", "file or folder of LTX-2's video VAE, where model has none")
     audio_vae: str = _setting("", "file or folder of LTX-2's audio VAE, where model has none")
@@ -52,7 +54,7 @@ class TrainConfig:
     base_precision: str = _setting("bf16", "a LoRA's frozen base: bf16 (as loaded), fp8, int8, nf4")
     offload: str = _setting("none", "blocks: a LoRA's frozen base in host memory, block by block")
     trained: str = _setting("both", "whose weights: both streams', or the audio's alone (audio)")
-    sigma: str = _setting("separate", "noise levels: one for each stream of a clip, or shared")
+    sigma: str = _setting("separate", "noise levels: one for each stream, or shared (Kandinsky 6)")
     shift_bound: int = _setting(0, "tokens from which LTX-2's noise levels rise no more; 0: none")
     rules: str = _setting("replace+scale", "shift, scale, warp, replace, or several joined by +")
     matched: float = _setting(0.5, "share of matched pairs")
@@ -71,7 +73,7 @@ class TrainConfig:
     checkpoint_every: int = _setting(100, "steps between checkpoints")
     sample_every: int = _setting(0, "steps between samples, from step 0 to the end; 0: none")
     sample_captions: str = _setting("", "what of: a .txt with a caption on each line, or a caption")
-    sample_pictures: str = _setting("", "cache of held-out clips whose pictures get a sound (tiny)")
+    sample_pictures: str = _setting("", "held-out cache whose pictures get a sound; not LTX-2")
     sample_count: int = _setting(4, "clips of each caption, or pictures, at every sampling")
     sample_steps: int = _setting(0, "sampling steps; 0: the model's own number")
     metric: str = _setting("", "module:function, a figure of samples of your own; more by commas")

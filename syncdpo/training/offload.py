@@ -30,12 +30,13 @@ def offload_blocks(transformer: nn.Module, device: torch.device) -> None:
 
     Raises ValueError for a module without blocks.
     """
-    blocks = getattr(transformer, BLOCKS, None)
+    blocks = [block for name in BLOCKS for block in getattr(transformer, name, ())]
     if not blocks:
         raise ValueError(
-            f"offload: expected a transformer with {BLOCKS}, got {type(transformer).__name__}"
+            f"offload: expected a transformer with {' or '.join(BLOCKS)}, got "
+            f"{type(transformer).__name__}"
         )
-    offloaded = OffloadedBlocks(list(blocks), device)
+    offloaded = OffloadedBlocks(blocks, device)
     for module, name in offloaded.slots():
         module._parameters[name] = None
     transformer.to(device)

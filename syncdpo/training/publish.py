@@ -15,10 +15,11 @@ from syncdpo.models import Model
 from syncdpo.models.base_model import fingerprint, version_of
 from syncdpo.models.model_card import model_card
 from syncdpo.models.own import is_own
-from syncdpo.models.weights import FULL, LORA, weights_in
+from syncdpo.models.weights import COMFYUI_LORA, FULL, LORA, weights_in
 from syncdpo.training.config import TrainConfig, dump_config
 
 CARD = "README.md"
+WEIGHTS = (LORA, COMFYUI_LORA, FULL)
 BESIDE = ("config.json", CARD)  # what goes to the hub beside the weights; logs stay
 PATHS = (
     "data", "validation_data", "output", "model", "weights", "sample_pictures", "sample_captions",
@@ -102,7 +103,7 @@ def upload(folder: Path, repository: str) -> str:
     Raises OSError, in one sentence, whatever went wrong: the weights are still in `folder`.
     """
     # By our names; a model of the user's own may have others.
-    weights = [n for n in (LORA, FULL) if (folder / n).is_file()] or weights_in(folder)
+    weights = [n for n in WEIGHTS if (folder / n).is_file()] or weights_in(folder)
     files = [*weights, *(name for name in BESIDE if (folder / name).is_file())]
     hub = HfApi()
     try:

@@ -215,5 +215,5 @@ def test_the_text_is_that_of_a_rounded_encoder(pipeline, precision):
 def test_an_unknown_precision_of_the_text_encoder_is_refused(pipeline):
     with pytest.raises(ValueError, match="text_encoder_precision: expected bf16, fp8, int8, nf4"):
         load_model(str(pipeline / "model"), text_encoder_precision="int4")
-    with pytest.raises(ValueError, match="text_encoder_precision: for LTX-2 alone"):
+    with pytest.raises(ValueError, match="text_encoder_precision: for LTX-2 and Kandinsky 6 alone"):
         load_model("tiny", text_encoder_precision="int8")

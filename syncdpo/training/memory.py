@@ -149,7 +149,7 @@ def _tokens(model: Model) -> tuple[int, int]:
 def _model_with_format(config: TrainConfig) -> Model:
     if is_own(config.model):
         raise ValueError(
-            "estimate: expected tiny or LTX-2, whose blocks the formulas are of, got "
+            "estimate: expected tiny, LTX-2 or Kandinsky 6, whose blocks the formulas are of, got "
             f"{config.model}"
         )
     model = load_model(config.model, sigma=config.sigma)

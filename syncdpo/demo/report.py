@@ -175,7 +175,7 @@ def _cells(label: str, row: dict) -> list[str]:
     cells = ["" if value is None else form.format(value) for form, value in values]
     if row.get("f1_interval"):
         low, high = row["f1_interval"]
-        cells[0] += f" ({low:.2f}–{high:.2f})"
+        cells[0] += f"\N{NO-BREAK SPACE}({low:.2f}–\N{WORD JOINER}{high:.2f})"
     kept, steps = row.get("kept_step"), row.get("steps")
     if kept is not None and kept != steps:
         cells[[key for key, _, _ in COLUMNS].index("steps")] += f", {kept} kept"

@@ -17,7 +17,7 @@ Protocol, written down before the first of these trainings:
   SFT row that is better in it). What does not come out so stays in the table.
 
 Two earlier runs were ended when a folder missed the claim, and the settings changed on the clips
-named above: `results/foreign-first.json` (seeds from 0 and 1000; SFT and SyncDPO at 4e-3, 120 steps)
+named above: `results/foreign-first.json` (seeds from 0 and 1000; both methods at 4e-3, 120 steps)
 and `results/foreign-second.json` (from 10,000; as now, but 120 steps).
 
 Each folder's report.json goes into the result as soon as it is there; the same command goes on from

@@ -45,6 +45,7 @@ def test_version_and_help():
         "tune",
         "compare-rules",
         "check-model",
+        "render",
         "info",
     ):
         assert command in help_text
@@ -55,6 +56,17 @@ def test_every_option_says_what_it_is(command):
     name = command.__name__.replace("_", "-")
     parameters = typer.main.get_command(app).commands[name].params
     assert [p.name for p in parameters if not p.help] == []
+
+
+def test_rendered_clips_are_kept_and_counted(tmp_path, monkeypatch, capsys):
+    assert "2 of 2 clips of weak rendered" in invoke("render", "weak", tmp_path, "--count", 2)
+    said = invoke("render", "weak", tmp_path, "--count", 2, "--first", 1)
+    assert "1 of 2 clips of weak rendered" in said
+    assert "kept 1 that were there" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i:06d}.mp4" for i in range(3)]
+    code, said = exit_code(monkeypatch, capsys, "render", "balls", tmp_path)
+    assert code == 2
+    assert "family: expected one of impacts, speech, several, weak, blinds, got 'balls'" in said
 
 
 def test_info_says_what_runs_where():

@@ -17,6 +17,7 @@ from syncdpo.cli.latents import prepare, prepare_pairs, probe
 from syncdpo.cli.models import check_model
 from syncdpo.cli.options import say
 from syncdpo.cli.ranking import rank
+from syncdpo.cli.rendering import render
 from syncdpo.cli.reports import report
 from syncdpo.cli.training import train
 from syncdpo.training import TrainingDiverged
@@ -50,8 +51,8 @@ def info() -> None:
 
 
 COMMANDS = (
-    demo, tune, compare_rules, prepare, prepare_pairs, train, report, sample, rank, evaluate, probe,
-    check_model, info,
+    demo, tune, compare_rules, render, prepare, prepare_pairs, train, report, sample, rank,
+    evaluate, probe, check_model, info,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -6,8 +6,9 @@
 is said of clips; `latents` encodes them once, in one format or in several `buckets`, and
 `precomputed` reads what the LTX-2 trainer encoded, each clip by `trainer_clip` out of
 `foreign_tensors`. `pairs` encodes pairs of clips, one preferred over the other. `winners` tells
-which clips are out of step, and `synthetic` renders some that are not. `chance` is where anything
-random that must be the same again comes from.
+which clips are out of step, and `synthetic` renders some that are not, `families` other kinds of
+them, from the parts in `scenes`. `chance` is where anything random that must be the same again
+comes from.
 """
 
 from .clips import Clip, ClipError, ClipFormat, find_clips, read_clip, write_clip

@@ -8,8 +8,9 @@ at one and bad at the other, and both can be measured without a pretrained judge
 
 import colorsys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,11 +43,21 @@ class Ball:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A clip, the `times` of all its impacts in seconds, and a stem [N] per ball."""
+    """A clip, the `times` of all its impacts in seconds, and a stem [N] per source.
+
+    unseen: times of what is heard and never seen; balls have none.
+    """
 
     clip: Clip
     times: Tensor
     stems: list[Tensor]
+    unseen: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Family(Protocol):
+    """A clip as a function of a seed; `offset` seconds delays its sound against its picture."""
+
+    def __call__(self, seed: int, *, offset: float = 0.0) -> Rendered: ...
 
 
 def draw_balls(seed: int, count: int = 1, seconds: float = SECONDS) -> list[Ball]:
@@ -78,7 +89,7 @@ def render_video(balls: list[Ball], seconds: float = SECONDS) -> Tensor:
     picture = (1 - floor) * torch.tensor([0.06, 0.07, 0.12]) + floor * torch.tensor([0.22] * 3)
     picture = picture.repeat(len(t), 1, 1, 1)
     for ball in balls:
-        since, until = _around(ball.impacts, t)
+        since, until = around(ball.impacts, t)
         height = 0.5 * GRAVITY * since * until  # the arc that leaves and lands at the floor
         centre_y = FLOOR - ball.radius - height
         distance = ((x - ball.x) ** 2 + (y - centre_y[:, None, None]) ** 2).sqrt()
@@ -92,7 +103,7 @@ def render_video(balls: list[Ball], seconds: float = SECONDS) -> Tensor:
 def render_audio(ball: Ball, seconds: float = SECONDS, offset: float = 0.0) -> Tensor:
     """One stem, float32 [N] at 16 kHz. `offset` seconds delays the sound against the picture."""
     t = torch.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE - offset
-    since, _ = _around(ball.impacts, t)
+    since, _ = around(ball.impacts, t)
     envelope = torch.exp(-since / 0.09) * (since / 0.002).clamp(max=1)  # 2 ms attack
     phase = 2 * torch.pi * PITCHES[ball.pitch] * since
     return 0.5 * envelope * torch.sin(phase)
@@ -106,8 +117,7 @@ def render(seed: int, *, balls: int = 1, seconds: float = SECONDS, offset: float
     """
     if balls not in (1, 2):
         raise ValueError(f"balls: expected 1 or 2, got {balls}")
-    if abs(offset) > MARGIN:
-        raise ValueError(f"offset: expected at most {MARGIN} s either way, got {offset}")
+    check_offset(offset)
     sources = draw_balls(seed, balls, seconds)
     stems = [render_audio(ball, seconds, offset) for ball in sources]
     times = torch.cat([ball.impacts for ball in sources]).sort().values
@@ -115,6 +125,12 @@ def render(seed: int, *, balls: int = 1, seconds: float = SECONDS, offset: float
         render_video(sources, seconds), float(FPS), torch.stack(stems).sum(0)[None], SAMPLE_RATE
     )
     return Rendered(clip, times[(times >= 0) & (times < seconds)], stems)
+
+
+def check_offset(offset: float) -> None:
+    """Raises ValueError for one beyond the rendered margin."""
+    if not abs(offset) <= MARGIN:
+        raise ValueError(f"offset: expected at most {MARGIN} s either way, got {offset}")
 
 
 def render_clip(seed: int) -> Clip:
@@ -128,24 +144,27 @@ def draw_offset(seed: int, spread: float) -> float:
     return spread * torch.randn((), generator=generator).item()
 
 
-def render_folder(folder: Path, seeds: Iterable[int], *, offset_spread: float = 0.0) -> None:
-    """Write one mp4 per seed, named by it; what is already there is kept.
+def render_folder(
+    folder: Path, seeds: Iterable[int], *, offset_spread: float = 0.0, family: Family = render
+) -> int:
+    """Write one mp4 per seed, named by it; what is already there is kept. → how many were written.
 
     offset_spread: standard deviation, in seconds, of the sound's offset against the picture, which
-    is the same for all of a clip, as it is in recordings.
+    is the same for all of a clip, as it is in recordings. family: what is rendered.
     """
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(seed: int) -> None:
+    def write(seed: int) -> bool:
         path = folder / f"{seed:06d}.mp4"
-        if not path.exists():
-            write_clip(path, render(seed, offset=draw_offset(seed, offset_spread)).clip)
+        if path.exists():
+            return False
+        write_clip(path, family(seed, offset=draw_offset(seed, offset_spread)).clip)
+        return True
 
-    for _ in overlapped(write, seeds):
-        pass
+    return sum(overlapped(write, seeds))
 
 
-def _around(impacts: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Seconds since the last impact and until the next one, at each time."""
-    following = torch.searchsorted(impacts, t, right=True)
-    return t - impacts[following - 1], impacts[following] - t
+def around(times: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Seconds since the last event and until the next one, at each time; `times` reach beyond."""
+    following = torch.searchsorted(times, t, right=True)
+    return t - times[following - 1], times[following] - t

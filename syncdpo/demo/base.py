@@ -2,11 +2,17 @@
 
 Rendered clips, their sound moved against the picture by up to half a second either way: whoever
 trains on them learns what sounds go with a picture, and that there is no telling when.
+
+    python -m syncdpo.demo.base --families all --output FILE
+
+makes one that knows all families of `syncdpo.data.families` so, in less than an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -16,29 +22,48 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from syncdpo.data.chance import generator
-from syncdpo.data.synthetic import render
+from syncdpo.data.families import FAMILIES
+from syncdpo.data.synthetic import Family, render
 from syncdpo.models.tiny import BASE, Tiny
 from syncdpo.models.weights import FULL
 from syncdpo.train import train
 from syncdpo.training.config import TrainConfig
 
-CLIPS = 3072
 FIRST_SEED = 10_000_000  # far from every clip that anything else is trained or measured on
 LARGEST_OFFSET = 0.5  # s
+COMPILED = 500  # steps from which on compiling pays back the two minutes that it takes
 SETTINGS = TrainConfig(
     output="runs/base", method="sft", steps=3000, batch_size=32, learning_rate=2e-3, warmup=100
 )
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a base is trained on, families in turn, and how. clips: of all families together."""
+
+    families: Sequence[Family]
+    clips: int
+    settings: TrainConfig
+
+
+RECIPES = {
+    "impacts": Recipe((render,), 3072, SETTINGS),
+    # Half as many clips and two fifths of the steps per family: what an hour holds.
+    "all": Recipe(
+        tuple(FAMILIES.values()), 6144, replace(SETTINGS, output="runs/base-all", steps=5000)
+    ),
+}
+
+
 class MistimedClips(Dataset):
     """Latents of clips whose sound is moved against the picture, each rendered once."""
 
-    def __init__(self, model: Tiny):
-        self.model = model
+    def __init__(self, model: Tiny, recipe: Recipe):
+        self.model, self.recipe = model, recipe
         self._latents = cache(self._render)
 
     def __len__(self) -> int:
-        return CLIPS
+        return self.recipe.clips
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._latents(index)
@@ -46,19 +71,38 @@ class MistimedClips(Dataset):
     def _render(self, index: int) -> dict[str, Tensor]:
         share = torch.rand((), generator=generator("offset", index)).item()
         offset = (2 * share - 1) * LARGEST_OFFSET
-        return self.model.encode(render(FIRST_SEED + index, offset=offset).clip, "")
+        turn, of = divmod(index, len(self.recipe.families))
+        clip = self.recipe.families[of](FIRST_SEED + turn, offset=offset).clip
+        return self.model.encode(clip, "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=BASE, help="where the base goes")
-    arguments = parser.parse_args()
-    torch.manual_seed(SETTINGS.seed)
+def make_base(recipe: Recipe, output: Path) -> None:
+    """Train a base from random weights; its weights go to `output`, in bf16."""
+    settings = recipe.settings
+    torch.manual_seed(settings.seed)
     model = Tiny(weights=None)
-    model.transformer.compile()  # two minutes that a third of every step pays back
-    train(SETTINGS, model, MistimedClips(model))
-    weights = load_file(Path(SETTINGS.output) / FULL)
-    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, arguments.output)
+    if settings.steps >= COMPILED:
+        model.transformer.compile()  # a third of every step
+    train(settings, model, MistimedClips(model, recipe))
+    weights = load_file(Path(settings.output) / FULL)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--families", choices=RECIPES, default="impacts", help="what is rendered to train on"
+    )
+    parser.add_argument("--output", type=Path, help="where the base goes; of impacts: in its place")
+    parser.add_argument("--steps", type=int, help="another number of them, to try the way")
+    options = parser.parse_args(arguments)
+    recipe, output = RECIPES[options.families], options.output
+    if output is None and recipe is not RECIPES["impacts"]:
+        parser.error(f"--output: expected a file for a base of {options.families}, got none")
+    if options.steps is not None:
+        recipe = replace(recipe, settings=replace(recipe.settings, steps=options.steps))
+    make_base(recipe, output or BASE)
 
 
 if __name__ == "__main__":

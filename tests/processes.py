@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 TESTS = str(Path(__file__).parent)
@@ -15,3 +16,10 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["micro"])
     return context
+
+
+def free_port() -> int:
+    """One that nobody listens on now, of those that the system gives away."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]

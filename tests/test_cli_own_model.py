@@ -133,7 +133,7 @@ def test_a_model_that_does_not_ends_with_code_2_and_a_sentence(here, monkeypatch
          "codec is pooled-1 in the cache, pooled-2 here"),
         (("train", "--data", "cache", "--model", NAME, "--sigma", "shared"),
          "sigma: expected options that cli_own_model:Own takes (none), got 'shared'"),
-        (("train", "--data", "cache", "--model", NAME, "--estimate"), "estimate: expected tiny or"),
+        (("train", "--data", "cache", "--model", NAME, "--estimate"), "estimate: expected tiny, "),
         (("check-model", "cli_own_model:Halved"), "checkpoint: expected a file, got none"),
     ],
 )  # fmt: skip

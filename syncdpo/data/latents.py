@@ -178,6 +178,7 @@ def prepare(
     none of the model's, or no clip can be used, OSError (ENOSPC) where the disk is full.
     """
     _check_shard(shard)
+    _formats(model, buckets)  # what the model lacks is said before clips are looked for
     items, left = _list_items(clips, captions, sounds or {}, Path(out))
     return prepare_items(
         model,

@@ -21,6 +21,8 @@ from syncdpo.training.memory import describe_needs, out_of_memory
 from syncdpo.training.publish import CARD, upload
 
 STEPS = 20
+# The softmax does not see it: its gradient is rounding alone, which Adam makes a step of.
+UNSEEN = r"to_k\.bias$"
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,13 @@ def test_it_learns(own, tmp_path):
 def test_a_pair_in_halves_is_the_pair_as_a_whole(own, tmp_path, settings):
     whole = run(tmp_path / "whole", fresh(own), **settings)
     halves = run(tmp_path / "halves", fresh(own), split_pair=True, **settings)
-    assert_same(whole, halves)
+    assert_same(whole, halves, ignore=UNSEEN)
 
 
 def test_cached_reference_errors_are_those_of_the_reference(own, tmp_path):
     for name, settings in (("drawn", {"draws": 2}), ("cached", {"cache_reference": 2})):
         run(tmp_path / name, fresh(own), **settings)
-    assert_same(outcome(tmp_path / "drawn"), outcome(tmp_path / "cached"))
+    assert_same(outcome(tmp_path / "drawn"), outcome(tmp_path / "cached"), ignore=UNSEEN)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}, {"lora_rank": 2, "cache_reference": 2}])
@@ -124,7 +126,7 @@ def test_two_processes_equal_one_and_both_find_the_model(tmp_path):
     assert not invoke(list(map(str, one))).exit_code
     two = (*settings, "--output", tmp_path / "two", "--batch-size", 1)
     launch("ddp_8_gpus.yaml", "-m", "syncdpo", *two)
-    assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+    assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"), ignore=UNSEEN)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -255,7 +257,9 @@ def test_settings_of_a_transformer_may_be_of_any_kind(own, tmp_path):
 )
 def test_its_memory_is_not_known(tmp_path, settings, advice):
     config = TrainConfig(model=write_model(tmp_path), **settings)
-    with pytest.raises(ValueError, match=r"estimate: expected tiny or LTX-2, whose .*:Own"):
+    with pytest.raises(
+        ValueError, match=r"estimate: expected tiny, LTX-2 or Kandinsky 6, whose .*:Own"
+    ):
         describe_needs(config)
     sentence = out_of_memory(config)
     assert sentence.startswith("the GPU ran out of memory; how much ")

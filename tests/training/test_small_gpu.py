@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from micro import micro_model, outcome, random_latents, run
+from processes import free_port
 from safetensors.torch import load_file
 from small_gpu import RUNS, one_of_two, train_one
 from torch.utils.data import default_collate
@@ -352,7 +352,7 @@ def test_two_processes_equal_one(tmp_path):
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
-    context, port = multiprocessing.get_context("spawn"), random.randrange(20_000, 60_000)
+    context, port = multiprocessing.get_context("spawn"), free_port()
     arguments = ((rank, port, tmp_path / "two") for rank in range(2))
     children = [context.Process(target=one_of_two, args=each) for each in arguments]
     for child in children:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from micro import STEPS, micro_model, one_of_two, outcome, random_latents, run, run_or_resume
-from processes import processes
+from processes import free_port, processes
 from safetensors.torch import load_file
 
 from syncdpo.models.tiny import Tiny
@@ -355,7 +355,7 @@ def test_a_run_is_not_overwritten_nor_continued_with_other_settings(tmp_path):
 
 
 def test_two_processes_equal_one(undisturbed, tmp_path):
-    context, port = processes(), random.randrange(20_000, 60_000)
+    context, port = processes(), free_port()
     children = [context.Process(target=one_of_two, args=(r, port, tmp_path)) for r in range(2)]
     for child in children:
         child.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from syncdpo.training import sizes
 from syncdpo.training.memory import forward_flop
 
 FPS, HEIGHT, WIDTH, TEXT_TOKENS = 24, 512, 768, 1024
@@ -22,6 +23,8 @@ class Size:
     text: int = TEXT_TOKENS
     weights: float = 18.9e9
     adapter: float = 214e6
+
+    multiplications = sizes.Size.multiplications
 
 
 FORWARDS = {"sft": 3, "syncdpo": 8, "cache_reference": 6, "split_pair": 10}

@@ -10,10 +10,16 @@ import typer
 from syncdpo.cli.options import (
     FORMAT,
     PARTS,
+    AllowPartial,
+    Caption,
     ModelName,
+    NegativePrompt,
     Output,
+    SamplingSteps,
     Seed,
+    StgBlock,
     Weight,
+    Weights,
     given,
     load,
     say,
@@ -31,28 +37,17 @@ GUIDANCE = (
 def sample(
     output: Output = Path("runs/samples"),
     model: ModelName = "tiny",
-    weights: Annotated[
-        Path | None, typer.Option(help="Trained weights or LoRA; default: the model's own.")
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option(help="Take what fits of a LoRA, leave the rest.")
-    ] = False,
-    caption: Annotated[str, typer.Option(help="What to generate; tiny takes no text.")] = "",
+    weights: Weights = None,
+    allow_partial: AllowPartial = False,
+    caption: Caption = "",
     captions: Annotated[
         Path | None, typer.Option(help="Text file with a caption on each line, instead.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Clips to generate of each caption.")] = 4,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps; default: the model's own number.")
-    ] = None,
+    steps: SamplingSteps = None,
     seed: Seed = 0,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What to steer away from; tiny has no guidance.")
-    ] = None,
-    stg_block: Annotated[
-        list[int] | None,
-        typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
-    ] = None,
+    negative_prompt: NegativePrompt = None,
+    stg_block: StgBlock = None,
     **options,
 ) -> None:
     """Generate clips as mp4, guided as the model's own pipeline guides by default.

@@ -29,6 +29,21 @@ ModelName = Annotated[
         "or your own, module:Class."
     ),
 ]
+Weights = Annotated[
+    Path | None, typer.Option(help="Trained weights or LoRA; default: the model's own.")
+]
+AllowPartial = Annotated[bool, typer.Option(help="Take what fits of a LoRA, leave the rest.")]
+Caption = Annotated[str, typer.Option(help="What to generate; tiny takes no text.")]
+SamplingSteps = Annotated[
+    int | None, typer.Option(min=1, help="Sampling steps; default: the model's own number.")
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What to steer away from; tiny has no guidance.")
+]
+StgBlock = Annotated[
+    list[int] | None,
+    typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
+]
 Weight = Annotated[float | None, typer.Option(help="Default: the pipeline's own.", metavar="W")]
 _Part = Annotated[
     Path | None,

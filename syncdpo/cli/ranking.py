@@ -11,10 +11,16 @@ from syncdpo.cli.clips import GUIDANCE, lines
 from syncdpo.cli.options import (
     FORMAT,
     PARTS,
+    AllowPartial,
+    Caption,
     ModelName,
+    NegativePrompt,
     Output,
+    SamplingSteps,
     Seed,
+    StgBlock,
     Weight,
+    Weights,
     given,
     load,
     say,
@@ -26,13 +32,9 @@ from syncdpo.cli.options import (
 def rank(
     output: Output = Path("runs/rank"),
     model: ModelName = "tiny",
-    weights: Annotated[
-        Path | None, typer.Option(help="Trained weights or LoRA; default: the model's own.")
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option(help="Take what fits of a LoRA, leave the rest.")
-    ] = False,
-    caption: Annotated[str, typer.Option(help="What to generate; tiny takes no text.")] = "",
+    weights: Weights = None,
+    allow_partial: AllowPartial = False,
+    caption: Caption = "",
     captions: Annotated[
         Path | None,
         typer.Option(help="Text file with a caption on each line, or csv, jsonl or json, instead."),
@@ -62,17 +64,10 @@ def rank(
     prepare: Annotated[
         Path | None, typer.Option(help="Encode the pairs into this cache of pairs, too.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps; default: the model's own number.")
-    ] = None,
+    steps: SamplingSteps = None,
     seed: Seed = 0,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What to steer away from; guidance is LTX-2's alone.")
-    ] = None,
-    stg_block: Annotated[
-        list[int] | None,
-        typer.Option(help="Blocks that STG perturbs, default 28; LTX-2.0: 29. Repeatable."),
-    ] = None,
+    negative_prompt: NegativePrompt = None,
+    stg_block: StgBlock = None,
     **options,
 ) -> None:
     """Sample several clips of each caption or picture; the best against the worst is a pair.

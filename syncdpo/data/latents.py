@@ -177,14 +177,10 @@ def prepare(
     another model, other buckets or another trigger, or has a name that is not UTF-8, a bucket is
     none of the model's, or no clip can be used, OSError (ENOSPC) where the disk is full.
     """
-    _check_shard(shard)
-    _formats(model, buckets)  # what the model lacks is said before clips are looked for
-    items, left = _list_items(clips, captions, sounds or {}, Path(out))
     return prepare_items(
         model,
-        items,
+        lambda: _list_items(clips, captions, sounds or {}, Path(out)),
         out,
-        left=left,
         captioned=captions is not None,
         own={} if trigger is None else {"trigger": trigger},
         buckets=buckets,
@@ -196,10 +192,9 @@ def prepare(
 
 def prepare_items(
     model,
-    items: Sequence[Item],
+    listed: Callable[[], tuple[Sequence[Item], list[tuple[Path, str]]]],
     out: str | Path,
     *,
-    left: list[tuple[Path, str]],
     captioned: bool,
     own: dict,
     buckets: Sequence[Bucket] = (),
@@ -210,7 +205,9 @@ def prepare_items(
 ) -> PrepareSummary:
     """What `prepare` does, of items of any kind, all of this cache.
 
-    left: what cannot be read, with reasons. captioned: whether there are captions to look into.
+    listed: gives all items, and what cannot be read with reasons; asked once the model has told
+    its identity, so that what it lacks is said before anything is looked for. captioned: whether
+    there are captions to look into.
     own: what the cache's identity says beside the model's (see `OWN`). unit: what items are called.
     """
     rank, world = _check_shard(shard)
@@ -219,6 +216,7 @@ def prepare_items(
         raise ValueError(f"out: expected a folder with a name in UTF-8, got {readable(out)}")
     formats, identity = _formats(model, buckets)
     identity |= own
+    items, left = listed()
     _claim(out, identity)
 
     summary = PrepareSummary(
@@ -344,9 +342,8 @@ class LatentDataset(Dataset):
             return sample
         for stream in STREAMS:
             loser = sample.pop(LOSER.format(stream), sample[stream])
-            if (
-                self.losers and stream not in self.shared
-            ):  # batches are of items with one set of names
+            # Batches are of items with one set of names.
+            if self.losers and stream not in self.shared:
                 sample[LOSER.format(stream)] = loser
         return sample
 

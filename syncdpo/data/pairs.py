@@ -166,12 +166,11 @@ def prepare_pairs(
         raise ValueError(
             "\n".join(["pairs: expected one at least, got none", *reasons(pairs.left)])
         )
-    items = [_item(pair, Path(out)) for pair in pairs.pairs]
+    items = sorted((_item(pair, Path(out)) for pair in pairs.pairs), key=lambda item: item.source)
     return prepare_items(
         model,
-        sorted(items, key=lambda item: item.source),
+        lambda: (items, pairs.left),
         out,
-        left=pairs.left,
         captioned=pairs.captions,
         own={"pairs": True} | ({} if trigger is None else {"trigger": trigger}),
         buckets=buckets,

@@ -137,7 +137,7 @@ def repeated(clips: Sequence, samples: int) -> list:
     """As many of the clips as there are to be samples; where there are fewer, each comes equally
     often, and its picture is given several sounds, each from noise of its own."""
     rounds = max(1, samples // len(clips))
-    return [clip for _ in range(rounds) for clip in clips][:samples]
+    return rounds * [clips[i] for i in range(min(len(clips), samples))]
 
 
 def f1_interval(metrics: Sequence[ClipMetrics], pictures: int) -> list[float] | None:

@@ -31,6 +31,11 @@ FACTS = (  # of the settings, those that the card's table shows
 OF_RULES = {"rules", "matched", "curriculum"}
 OF_PAIRS = {"beta_video", "beta_audio", "reference"}
 LEFT_OUT = {"sft": OF_RULES | OF_PAIRS, "dpo": OF_RULES}  # facts that say nothing of a method
+# What diffusers calls a family's pipeline and transformer.
+CLASSES = {
+    "LTX2": ("LTX2Pipeline", "LTX2VideoTransformer3DModel"),
+    "Kandinsky6": ("Kandinsky6TI2VAPipeline", "Kandinsky6Transformer3DModel"),
+}
 
 
 def model_card(
@@ -126,17 +131,7 @@ def _loading(
     if _of_kandinsky6(base):
         return _loading_kandinsky6(lora, published, repository, ours)
     if not lora:
-        return f"""**diffusers**
-
-```python
-import torch
-from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
-
-transformer = LTX2VideoTransformer3DModel.from_pretrained("{repository}", dtype=torch.bfloat16)
-pipeline = LTX2Pipeline.from_pretrained(
-    "{published}", transformer=transformer, dtype=torch.bfloat16
-)
-```
+        return f"""{_whole_in_diffusers("LTX2", repository, published)}
 
 **ComfyUI** and **ltx-pipelines** load whole transformers under Lightricks' own names, which these
 are not; a LoRA they would load.
@@ -164,19 +159,24 @@ the loader of the LTX-2 checkpoint, strength 1.
 Alpha equals the rank, so strength 1 is what was trained."""
 
 
-def _loading_kandinsky6(lora: bool, published: str, repository: str, ours: str) -> str:
-    if not lora:
-        return f"""**diffusers**
+def _whole_in_diffusers(family: str, repository: str, published: str) -> str:
+    pipeline, transformer = CLASSES[family]
+    return f"""**diffusers**
 
 ```python
 import torch
-from diffusers import Kandinsky6TI2VAPipeline, Kandinsky6Transformer3DModel
+from diffusers import {pipeline}, {transformer}
 
-transformer = Kandinsky6Transformer3DModel.from_pretrained("{repository}", dtype=torch.bfloat16)
-pipeline = Kandinsky6TI2VAPipeline.from_pretrained(
+transformer = {transformer}.from_pretrained("{repository}", dtype=torch.bfloat16)
+pipeline = {pipeline}.from_pretrained(
     "{published}", transformer=transformer, dtype=torch.bfloat16
 )
-```
+```"""
+
+
+def _loading_kandinsky6(lora: bool, published: str, repository: str, ours: str) -> str:
+    if not lora:
+        return f"""{_whole_in_diffusers("Kandinsky6", repository, published)}
 
 {ours}"""
     return f"""**diffusers**

@@ -54,8 +54,14 @@ class Size:
         return self.layers * (self.video * video + self.audio * audio)
 
     def multiplications(self, video: int, audio: int) -> float:
-        """Of one forward of one sample; see `forward_flop`."""
-        return _multiplications(self, video, audio)
+        """N [14 D² S + 2 D² T + 14 A² L + 2 A² T + 4 D A′ S + 4 A A′ L + 2 D S (S + T)
+        + 2 A L (L + T) + 4 A′ S L], of one forward of one sample; A′ is `cross`."""
+        d, a, c = self.video, self.audio, self.cross
+        s, sound, t = video, audio, self.text
+        linear = 14 * d * d * s + 2 * d * d * t + 14 * a * a * sound + 2 * a * a * t
+        linear += 4 * d * c * s + 4 * a * c * sound
+        attention = 2 * d * s * (s + t) + 2 * a * sound * (sound + t) + 4 * c * s * sound
+        return self.layers * (linear + attention)
 
 
 # Of a fused block of Kandinsky 6, as above: per picture, sound and text token and channel.
@@ -93,20 +99,8 @@ class Kandinsky6Size(Size):
 
 
 def forward_flop(size: Size, video: int, audio: int) -> float:
-    """F = 2 N [14 D² S + 2 D² T + 14 A² L + 2 A² T + 4 D A′ S + 4 A A′ L
-    + 2 D S (S + T) + 2 A L (L + T) + 4 A′ S L], floating-point operations of one sample; of
-    Kandinsky 6 twice `Kandinsky6Size.multiplications`."""
-    own = getattr(size, "multiplications", None)
-    return 2 * (own(video, audio) if own else _multiplications(size, video, audio))
-
-
-def _multiplications(size, video: int, audio: int) -> float:
-    d, a, c = size.video, size.audio, size.cross
-    s, sound, t = video, audio, size.text
-    linear = 14 * d * d * s + 2 * d * d * t + 14 * a * a * sound + 2 * a * a * t
-    linear += 4 * d * c * s + 4 * a * c * sound
-    attention = 2 * d * s * (s + t) + 2 * a * sound * (sound + t) + 4 * c * s * sound
-    return size.layers * (linear + attention)
+    """F = 2 · multiplications: floating-point operations of one forward of one sample."""
+    return 2 * size.multiplications(video, audio)
 
 
 def size_of(config: TrainConfig, model: Model) -> Size:

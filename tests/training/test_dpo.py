@@ -68,7 +68,13 @@ def written(folder: Path, pairs: list[dict], **own) -> LatentDataset:
         items.append(Written(path, path.name, None, target, latents=latents))
     out, own = folder / "cache", own or {"pairs": True}
     prepare_items(
-        micro_model(), items, out, left=[], captioned=False, own=own, progress=False, unit="pairs"
+        micro_model(),
+        lambda: (items, []),
+        out,
+        captioned=False,
+        own=own,
+        progress=False,
+        unit="pairs",
     )
     return LatentDataset(out, micro_model().identity())
 

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 # What each room may import beside itself; every one may ask `syncdpo` for its version.
 MAY_USE = {
     "__main__": {"cli", "info"},
-    "cli": {"demo", "report", "train", "sampling", "evaluation", "info", "training", "models",
-            "negatives", "data", "versions", "ranking"},
+    "cli": {"demo", "evidence", "report", "train", "sampling", "evaluation", "info", "training",
+            "models", "negatives", "data", "versions", "ranking"},
     "demo": {"report", "train", "sampling", "training", "models", "data", "metrics"},
+    "evidence": {"demo", "ranking", "train", "sampling", "training", "models", "data", "metrics"},
     "report": {"training", "data", "metrics"},
     "train": {"training", "models", "negatives", "data", "ops"},
     "sampling": {"models", "data"},

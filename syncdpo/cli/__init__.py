@@ -13,6 +13,7 @@ import typer
 from syncdpo import __version__
 from syncdpo.cli.clips import evaluate, sample
 from syncdpo.cli.demonstration import compare_rules, demo, tune
+from syncdpo.cli.evidence import compare
 from syncdpo.cli.latents import prepare, prepare_pairs, probe
 from syncdpo.cli.models import check_model
 from syncdpo.cli.options import say
@@ -51,7 +52,7 @@ def info() -> None:
 
 
 COMMANDS = (
-    demo, tune, compare_rules, render, prepare, prepare_pairs, train, report, sample, rank,
+    demo, tune, compare_rules, compare, render, prepare, prepare_pairs, train, report, sample, rank,
     evaluate, probe, check_model, info,
 )  # fmt: skip
 for command in COMMANDS:

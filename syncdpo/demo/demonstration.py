@@ -213,8 +213,8 @@ def operations(settings: dict, data: Dataset) -> int:
     """Floating-point operations of a step's matrix products."""
     counter = FlopCounterMode(display=False)
     with tempfile.TemporaryDirectory() as folder, counter:
-        config = TrainConfig(output=folder, steps=1, log_with="none", **settings)
-        train(config, data=data, progress=False)
+        one = {"output": folder, "steps": 1, "log_with": "none"}
+        train(TrainConfig(**settings | one), data=data, progress=False)
     return counter.get_total_flops()
 
 

@@ -29,6 +29,11 @@ ETA = 0.9  # share of the noise's amplitude that each sampling step draws anew
 SHIFT = 1.0  # of the noise levels; LTX-2's own is 0.95 at least
 SAMPLING_STEPS, SAMPLED_TOGETHER = 20, 32
 BASE = Path(__file__).with_name("tiny_base.safetensors")
+FAMILIES_BASE = Path(__file__).with_name("tiny_families.safetensors")
+MADE_BY = {
+    BASE: "in 30 minutes: python -m syncdpo.demo.base",
+    FAMILIES_BASE: "in an hour: python -m syncdpo.demo.base --families all",
+}
 
 CONFIG = {
     "in_channels": codec.VIDEO_CHANNELS,
@@ -80,11 +85,11 @@ class Tiny:
     ):
         if sigma not in ("shared", "separate"):
             raise ValueError(f"sigma: expected shared or separate, got {sigma!r}")
-        if weights is not None and Path(weights) == BASE and not BASE.is_file():
+        made = None if weights is None else MADE_BY.get(Path(weights))
+        if made and not Path(weights).is_file():
             raise FileNotFoundError(
-                "weights: the tiny model's base is in the source tree, not in the wheel: install a "
-                "checkout with pip install -e, or make it in 30 minutes: "
-                "python -m syncdpo.demo.base"
+                f"weights: {Path(weights).name}, a base of the tiny model, is in the source tree, "
+                f"not in the wheel: install a checkout with pip install -e, or make it {made}"
             )
         self.sigma = sigma
         self.transformer = LTX2VideoTransformer3DModel(**CONFIG | (config or {}))

@@ -2,23 +2,26 @@
 
 import itertools
 import json
+from concurrent.futures import Executor, Future
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from syncdpo.data.clips import write_clip
 from syncdpo.data.synthetic import render_clip
-from syncdpo.demo import trials
+from syncdpo.demo import search, trials
 from syncdpo.demo.demonstration import WEIGHTS, DemoConfig
-from syncdpo.demo.trials import (
-    Search,
+from syncdpo.demo.search import (
+    KEPT,
+    LEARNING_RATES,
+    Bench,
     keeps_events,
     mean_row,
-    rules_table,
-    tune,
-    weights_table,
     worth,
+    write_result,
 )
+from syncdpo.demo.trials import WeightsSearch, rules_table, tune, weights_table
 
 
 @pytest.fixture
@@ -32,8 +35,8 @@ def config(tmp_path):
 
 
 def test_tuning_tries_every_choice_of_weights_and_goes_on_from_its_result(config, monkeypatch):
-    monkeypatch.setattr(trials, "LEARNING_RATES", (1e-6,))
-    monkeypatch.setattr(trials, "BEGIN", (0,))
+    monkeypatch.setattr(search, "LEARNING_RATES", (1e-6,))
+    monkeypatch.setattr(search, "BEGIN", (0,))
     monkeypatch.setattr(trials, "SEEDS", 2)
     monkeypatch.setattr(trials, "keeps_events", lambda row, real: True)
     result = config.output / "tune.json"
@@ -57,28 +60,26 @@ def test_tuning_tries_every_choice_of_weights_and_goes_on_from_its_result(config
     assert json.loads(result.read_text()) == found
 
 
-def search_with_errors(monkeypatch, error) -> Search:
-    """A search in whose trials `error(place in LEARNING_RATES, seed)` is measured."""
+class Measured(Bench):
+    """A bench on whose trials `error(place in LEARNING_RATES, seed)` is measured."""
 
-    def measure(asked, folder, jobs):
-        places = [trials.LEARNING_RATES.index(t.settings["learning_rate"]) for t in asked]
-        return [
-            {
-                "name": t.name,
-                "seed": t.ground.config.seed,
-                "onset_error_ms": error(p, t.ground.config.seed),
-            }
-            | {"f1": 0.5, "own_f1": 0.4, "own_onset_error_ms": 70, "keeps_events": True}
-            | {
-                "events_per_clip": 3,
-                "own_events_per_clip": 3,
-                "learning_rate": t.settings["learning_rate"],
-            }
-            for t, p in zip(asked, places, strict=True)
-        ]
+    def __init__(self, error):
+        super().__init__(Path(), None)
+        object.__setattr__(self, "error", error)
 
-    monkeypatch.setattr(trials, "run_trials", measure)
-    return Search(grounds(0), "sft", "all", 60)
+    def run(self, trials):
+        return [self.row(trial, trial.settings["learning_rate"]) for trial in trials]
+
+    def row(self, trial, rate):
+        seed = trial.ground.config.seed
+        error = self.error(LEARNING_RATES.index(rate), seed)
+        row = {"name": trial.name, "seed": seed, "onset_error_ms": error, "learning_rate": rate}
+        row |= {"f1": 0.5, "own_f1": 0.4, "own_onset_error_ms": 70, "keeps_events": True}
+        return row | {"events_per_clip": 3, "own_events_per_clip": 3}
+
+
+def sft_search(method="sft", weights="all") -> WeightsSearch:
+    return WeightsSearch(grounds(0), method, weights, 60)
 
 
 def grounds(*seeds: int) -> list:
@@ -86,37 +87,36 @@ def grounds(*seeds: int) -> list:
 
 
 @pytest.mark.parametrize("best", [0, 3, 8, 15])
-def test_a_search_ends_with_the_best_between_two_others(best, monkeypatch, tmp_path):
+def test_a_search_ends_with_the_best_between_two_others(best):
     """Errors that grow with the distance from one place of the ladder, on either side."""
-    search = search_with_errors(monkeypatch, lambda p, seed: abs(p - best) + 0.1 * (p > best))
-    trials.run_searches([search], tmp_path, 1)
-    search.settle(search.grounds)
-    trials.run_searches([search], tmp_path, 1)
-    assert search.best["learning_rate"] == trials.LEARNING_RATES[best]
-    assert {best - 1, best + 1} & set(range(16)) <= set(search.places)
+    tried = sft_search()
+    bench = Measured(lambda p, seed: abs(p - best) + 0.1 * (p > best))
+    bench.search([tried])
+    tried.settle(tried.grounds)
+    bench.search([tried])
+    assert tried.best["learning_rate"] == LEARNING_RATES[best]
+    assert {best - 1, best + 1} & set(range(16)) <= set(tried.places)
 
 
-def test_a_search_settles_by_the_mean_of_all_seeds(monkeypatch, tmp_path):
+def test_a_search_settles_by_the_mean_of_all_seeds():
     """Seed 0 is best at place 8, where another fails: the mean is best two half octaves lower."""
-    search = search_with_errors(
-        monkeypatch, lambda p, seed: abs(p - 8) if seed == 0 else 3 * abs(p - 6)
-    )
-    trials.run_searches([search], tmp_path, 1)
-    assert search.best["learning_rate"] == trials.LEARNING_RATES[8]
-    search.settle(grounds(0, 1))
-    trials.run_searches([search], tmp_path, 1)
-    assert search.best["learning_rate"] == trials.LEARNING_RATES[6]
-    assert search.best["onset_error_ms"] == 1
-    assert sorted(search.places) == [5, 6, 7, 8, 9]
+    tried = sft_search()
+    bench = Measured(lambda p, seed: abs(p - 8) if seed == 0 else 3 * abs(p - 6))
+    bench.search([tried])
+    assert tried.best["learning_rate"] == LEARNING_RATES[8]
+    tried.settle(grounds(0, 1))
+    bench.search([tried])
+    assert tried.best["learning_rate"] == LEARNING_RATES[6]
+    assert tried.best["onset_error_ms"] == 1
+    assert sorted(tried.places) == [5, 6, 7, 8, 9]
 
 
-def test_weights_table_has_each_methods_best_rate(monkeypatch, tmp_path):
+def test_weights_table_has_each_methods_best_rate():
     found = []
     for method, weights in itertools.product(("sft", "sft-equal-time", "syncdpo"), WEIGHTS):
-        search = search_with_errors(monkeypatch, lambda p, seed: 40 + abs(p - 8))
-        search.method, search.weights = method, weights
-        trials.run_searches([search], tmp_path, 1)
-        found.append(search)
+        tried = sft_search(method, weights)
+        Measured(lambda p, seed: 40 + abs(p - 8)).search([tried])
+        found.append(tried)
     lines = weights_table(found).splitlines()
     assert len(lines) == 2 + len(WEIGHTS)
     assert lines[2] == "| all |" + "|".join([" 0.016: 0.50, 40 ms; 0.40, 70 ms "] * 3) + "|"
@@ -160,19 +160,35 @@ def test_rules_table_has_mean_and_range_over_seeds():
     assert lines[2] == "| shift |" + "|".join([cell] * 4) + "|"
 
 
-def test_a_row_serves_no_trial_with_other_settings(config, monkeypatch):
+def test_a_row_serves_no_trial_with_other_settings(config):
     ground = trials.Ground(config, None, None)
     trial = trials.Trial(ground, "name", "sft", {"steps": 1}, "all")
-    config.output.mkdir()
-    trials.write_result(config.output / "trials.json", {"trials": [trial.asked | {"f1": 0.5}]})
-    assert trials.run_trials([trial], config.output, jobs=1) == [trial.asked | {"f1": 0.5}]
-    monkeypatch.setattr(trials.Trial, "run", None)
-    for other in (
+    asked = []
+    bench = Bench(config.output, Asked(asked), line=lambda row: "")
+    row = trial.asked | {"f1": 0.5}
+    write_result(config.output / KEPT, {"trials": [row]})
+    assert bench.run([trial]) == [row]
+    others = [
         replace(trial, settings={"steps": 2}),
         replace(trial, ground=ground._replace(config=replace(config, samples=9))),
-    ):
-        with pytest.raises(TypeError, match="not callable"):
-            trials.run_trials([other], config.output, jobs=1)
+    ]
+    assert bench.run([*others, trial, others[0]])[2] == row
+    assert asked == [other.asked for other in others]  # each once
+    assert bench.run(others) == asked
+    assert len(asked) == 2
+
+
+class Asked(Executor):
+    """Measures nothing: a row is what it was asked for."""
+
+    def __init__(self, asked: list[dict]):
+        self.asked = asked
+
+    def submit(self, run):
+        self.asked.append(run.__self__.asked)
+        future = Future()
+        future.set_result(run.__self__.asked)
+        return future
 
 
 def test_falling_silent_does_not_count_as_keeping_time():

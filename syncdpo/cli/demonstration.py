@@ -18,7 +18,7 @@ def demo(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Training steps of SFT and SyncDPO; default 60, of your own clips 240."
+            min=1, help="Training steps of SFT and SyncDPO; default 60, of your own clips 360."
         ),
     ] = None,
     samples: Samples = 128,

@@ -49,6 +49,8 @@ OFFSET_SPREAD = 0.06
 # First seeds of the rendered pictures that want a sound; settings are chosen on "validation".
 HELD_OUT = {"validation": 1_000_000, "unseen": 7_000_000}
 OWN_FIGURES = ("f1", "onset_error_ms", "onset_error_median_ms", "events_per_clip", "seen_per_clip")
+SPENT = ("steps", "seconds", "cpu_seconds")
+FIRST = "sft-before-syncdpo"  # folder of the SFT that SyncDPO goes on from
 # What may be trained.
 WEIGHTS = {
     "all": {"lora_rank": 0, "trained": "both"},
@@ -62,25 +64,32 @@ TRAINING = {"sft": {"sigma": "separate"}, "syncdpo": {"sigma": "separate", "matc
 @dataclass(frozen=True)
 class Recipe:
     """How clips of a kind are trained on. steps: of SFT and SyncDPO alike, unless others are asked
-    for. chosen: each method's weights and learning rate. sft_weight: SyncDPO's. looks: at held-out
-    clips in a training."""
+    for. chosen: each method's weights and learning rate. sft_weight: SyncDPO's. first: share of
+    SyncDPO's steps that are SFT's, from which it goes on. looks: at held-out clips in a training.
+    """
 
     steps: int
     chosen: dict[str, tuple[str, float]]
     sft_weight: float = 1.0
+    first: float = 0.0
     looks: int = 0
+
+    @property
+    def first_steps(self) -> int:
+        return int(self.first * self.steps)
 
 
 # Of `make tune`.
 RENDERED = Recipe(
     60, {"sft": ("all", 8e-3), "syncdpo": ("sound's half", 1.1e-2), "sft-equal-time": ("all", 4e-3)}
 )
-# What other clips sound like is to be learnt first: that takes all weights, and the winners' own
-# error counts for more.
+# What other clips look and sound like is to be learnt first, by SFT and all weights. A preference
+# needs half of the time then, and on clips of its own a model loses nothing by it.
 OWN = Recipe(
-    240,
-    {"sft": ("all", 8e-3), "syncdpo": ("all", 8e-3), "sft-equal-time": ("all", 8e-3)},
+    360,
+    {"sft": ("all", 8e-3), "syncdpo": ("sound's half", 8e-3), "sft-equal-time": ("all", 8e-3)},
     sft_weight=3.0,
+    first=2 / 3,
     looks=6,
 )
 
@@ -163,12 +172,12 @@ def run(config: DemoConfig) -> dict:
     for method in LABELS:
         result = {}
         if method != "base":
-            result = train_method(config, method, clips, **chosen(config, method, clips))
-            logs[method] = read_log(config.work / method)
+            result = train_row(config, method, clips)
+            logs[method] = read_logs(config, method)
         sampled[method] = sample_both(config, method, clips)
         rows.append(row(method, sampled[method], result))
         if result:
-            rows[-1] |= {"weights": config.recipe.chosen[method][0]}
+            rows[-1] |= {"weights": weights_of(config.recipe, method)}
             rows[-1] |= {key: result[key] for key in ("kept_step", "warnings")}
         if config.clips:
             of = sampled[method].given.metrics
@@ -181,14 +190,45 @@ def run(config: DemoConfig) -> dict:
     return report
 
 
-def chosen(config: DemoConfig, method: str, clips: Clips) -> dict:
-    """How a method of the table trains, as `TrainConfig` has it."""
-    settings, steps = settings_of(config.recipe, method), config.recipe.steps
+def train_row(config: DemoConfig, method: str, clips: Clips) -> dict:
+    """Train a method of the table; the result of `train`, of both trainings where SyncDPO goes on
+    from SFT."""
+    recipe, steps = config.recipe, config.recipe.steps
+    first = recipe.first_steps if method == "syncdpo" else 0
     if method == "sft-equal-time":
-        steps = equal_time(steps, settings, settings_of(config.recipe, "syncdpo"), clips.training)
+        sft, syncdpo = settings_of(recipe, method), settings_of(recipe, "syncdpo")
+        steps = equal_time(steps - recipe.first_steps, sft, syncdpo, clips.training)
+        steps += recipe.first_steps
+    if not first:
+        return train_method(config, method, clips, **chosen(config, method, clips, steps))
+    before = train_method(config, FIRST, clips, **chosen(config, "sft", clips, first))
+    settings = chosen(config, method, clips, steps - first)
+    settings["weights"] = str(config.work / FIRST)
+    result = train_method(config, method, clips, **settings)
+    result["kept_step"] += first
+    return result | {key: before[key] + result[key] for key in (*SPENT, "warnings")}
+
+
+def read_logs(config: DemoConfig, method: str) -> list[dict]:
+    """Of all steps of a method, those of the SFT that it goes on from first."""
+    before = method == "syncdpo" and config.recipe.first_steps
+    return (read_log(config.work / FIRST) if before else []) + read_log(config.work / method)
+
+
+def weights_of(recipe: Recipe, method: str) -> str:
+    """Which a method of the table trains."""
+    weights, _ = recipe.chosen[method]
+    if method == "syncdpo" and recipe.first_steps:
+        return f"{recipe.chosen['sft'][0]}, then {weights}"
+    return weights
+
+
+def chosen(config: DemoConfig, method: str, clips: Clips, steps: int) -> dict:
+    """How a method trains for so many steps, as `TrainConfig` has it."""
+    settings = settings_of(config.recipe, method) | {"steps": steps}
     if clips.validated:
         settings |= {"keep": "best", "validate_every": -(-steps // config.recipe.looks)}
-    return settings | {"steps": steps}
+    return settings
 
 
 def settings_of(recipe: Recipe, method: str) -> dict:
@@ -308,7 +348,7 @@ def sample(
 
 def row(method: str, sampled: Samples, result: dict | None = None) -> dict:
     """A line of the table: the sound for given pictures, and `own_…`: the model's own clips."""
-    training = {k: (result or {}).get(k, 0) for k in ("steps", "seconds", "cpu_seconds")}
+    training = {k: (result or {}).get(k, 0) for k in SPENT}
     own = summarise(sampled.own.metrics)
     own = {f"own_{key}": own[key] for key in OWN_FIGURES}
     return {"method": method} | summarise(sampled.given.metrics) | own | training
@@ -347,7 +387,8 @@ def describe(config: DemoConfig, clips: Clips) -> dict:
         "sampling_steps": config.sampling_steps,
         "training": TRAINING,
         "sft_weight": config.recipe.sft_weight,
-        "weights": {method: weights for method, (weights, _) in chosen.items()},
+        "first_steps": config.recipe.first_steps,
+        "weights": {method: weights_of(config.recipe, method) for method in chosen},
         "learning_rate": {method: rate for method, (_, rate) in chosen.items()},
         "clips": str(config.clips or "rendered"),
         "offset_spread": None if config.clips else config.offset_spread,

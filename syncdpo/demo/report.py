@@ -58,9 +58,10 @@ $curves
 RENDERED = Template("""The base knows which sound goes with a ball that strikes the floor, but not
 when. Supervised fine-tuning (SFT) and SyncDPO train it on the same $training synchronised
 clips$offset, each the weights, and at the learning rate, that suit it best.""")
-OWN = Template("""The base knows balls that strike a floor, and nothing of the clips of $folder. Its
-pictures are brought to the place and spread of those, and supervised fine-tuning (SFT) and SyncDPO
-train all its weights on the same $training of them$kept.""")
+OWN = Template("""The base knows balls that strike a floor, and nothing of the clips of $folder.
+Their pictures are brought to the place and spread of those that it knows. Supervised fine-tuning
+(SFT) trains all its weights on $training of them; SyncDPO does so for its first $first steps, and
+goes on with the sound's half$kept.""")
 INTERVAL = """ In brackets: what it could have been with other clips of this kind (95 % of 2,000
 draws of the held-out clips, with replacement)."""
 
@@ -101,7 +102,12 @@ def _story(settings: dict, own: bool) -> str:
         f"; {validated} further ones tell which step of each training is kept" if validated else ""
     )
     folder = f"<b>{html.escape(readable(Path(settings['clips']).name))}</b>"
-    return OWN.substitute(folder=folder, training=settings["training_clips"], kept=kept)
+    return OWN.substitute(
+        folder=folder,
+        training=settings["training_clips"],
+        first=settings["first_steps"],
+        kept=kept,
+    )
 
 
 def _pictures(settings: dict, sounds: int) -> str:
@@ -143,15 +149,17 @@ def draw_curves(logs: dict[str, list[dict]]) -> plt.Figure:
     """Audio error of what is learnt from, by step; implicit accuracy and difficulty of SyncDPO."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
     for method, log in logs.items():
-        name = "audio_error" if "audio_error" in log[0] else "audio_error_win"
-        values = running_mean([entry[name] for entry in log])
+        errors = [entry.get("audio_error", entry.get("audio_error_win")) for entry in log]
+        values = running_mean(errors)
         left.plot(values, color=COLOURS[method], label=LABELS[method])
     left.set(xlabel="step", ylabel="audio error (winners)", yscale="log")
     left.legend(frameon=False, fontsize=9)
-    preference = next(log for log in logs.values() if "implicit_accuracy" in log[0])
+    steps = [i for i, entry in enumerate(logs["syncdpo"]) if "implicit_accuracy" in entry]
+    preference = [logs["syncdpo"][i] for i in steps]
     accuracy = running_mean([entry["implicit_accuracy"] for entry in preference])
-    right.plot(accuracy, color=COLOURS["syncdpo"], label="implicit accuracy")
-    right.plot([e["difficulty"] for e in preference], color="#8a8f98", ls="--", label="difficulty")
+    difficulty = [entry["difficulty"] for entry in preference]
+    right.plot(steps, accuracy, color=COLOURS["syncdpo"], label="implicit accuracy")
+    right.plot(steps, difficulty, color="#8a8f98", ls="--", label="difficulty")
     right.set(xlabel="step", ylim=(0, 1.02))
     right.legend(frameon=False, fontsize=9)
     for axis in (left, right):

@@ -6,18 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from syncdpo.data.clips import read_clip, write_clip
 from syncdpo.data.synthetic import render_clip
 from syncdpo.demo.demonstration import (
+    FIRST,
     OWN,
     RENDERED,
+    WEIGHTS,
     DemoConfig,
     equal_time,
     prepare_clips,
+    read_logs,
     run,
     settings_of,
 )
+from syncdpo.models.weights import FULL, of_audio
+from syncdpo.training.checkpoint import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +55,26 @@ def test_equal_time_is_the_works(demo):
     """Of all weights, what forwards and backwards cost in forwards of a clip: SFT 1 + 2, SyncDPO
     2 + 4 and the reference's 2. Whatever else the machine does, the steps are as many."""
     data = prepare_clips(demo[0]).training
-    sft, syncdpo = (settings_of(OWN, method) for method in ("sft", "syncdpo"))
-    assert equal_time(300, sft, syncdpo, data) == pytest.approx(300 * 8 / 3, rel=0.01)
-    half = settings_of(RENDERED, "syncdpo")
+    sft, half = (settings_of(OWN, method) for method in ("sft", "syncdpo"))
+    every = half | WEIGHTS["all"]
+    assert equal_time(300, sft, every, data) == pytest.approx(300 * 8 / 3, rel=0.01)
     assert 2 < equal_time(300, sft, half, data) / 300 < 8 / 3  # fewer gradients of weights
+
+
+def test_syncdpo_of_own_clips_goes_on_from_sft(demo):
+    config, report = demo
+    assert (config.recipe.steps, config.recipe.first_steps) == (2, 1)
+    log = read_logs(config, "syncdpo")
+    assert ["implicit_accuracy" in entry for entry in log] == [False, True]
+    row = {row["method"]: row for row in report["rows"]}["syncdpo"]
+    parts = [read_rows(config.work / name) for name in (FIRST, "syncdpo")]
+    assert row["steps"] == sum(map(len, parts)) == 2
+    assert row["weights"] == "all, then sound's half"
+    first, ours = (load_file(config.work / name / FULL) for name in (FIRST, "syncdpo"))
+    moved = {name for name in first if not torch.equal(first[name], ours[name])}
+    assert moved
+    assert all(of_audio(name) for name in moved)
+    assert RENDERED.first_steps == 0  # a base that knows the clips needs none
 
 
 def test_a_second_run_repeats_no_training_and_finds_the_same(demo):

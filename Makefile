@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 CLIPS ?=
 STAGES ?=
 
-.PHONY: help install demo tune rules base test lint bench sass wheel gpu-check clean
+.PHONY: help install demo tune rules evidence base test lint bench sass wheel gpu-check clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ tune: $(READY)  ## Find each method's weights and learning rate for the demo
 
 rules: $(READY)  ## Compare the rules on three seeds
 	$(BIN)/syncdpo compare-rules
+
+evidence: $(READY)  ## Compare methods on families of clips; hours; goes on where it was stopped
+	$(BIN)/syncdpo compare --result benchmarks/results/evidence.json
 
 base: $(READY)  ## Train the embedded default's base anew
 	$(BIN)/python -m syncdpo.demo.base

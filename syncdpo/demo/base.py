@@ -3,9 +3,9 @@
 Rendered clips, their sound moved against the picture by up to half a second either way: whoever
 trains on them learns what sounds go with a picture, and that there is no telling when.
 
-    python -m syncdpo.demo.base --families all --output FILE
+    python -m syncdpo.demo.base --families all
 
-makes one that knows all families of `syncdpo.data.families` so, in less than an hour.
+makes the one that knows all families of `syncdpo.data.families` so, in less than an hour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from syncdpo.data.chance import generator
 from syncdpo.data.families import FAMILIES
 from syncdpo.data.synthetic import Family, render
-from syncdpo.models.tiny import BASE, Tiny
+from syncdpo.models.tiny import BASE, FAMILIES_BASE, Tiny
 from syncdpo.models.weights import FULL
 from syncdpo.train import train
 from syncdpo.training.config import TrainConfig
@@ -39,18 +39,23 @@ SETTINGS = TrainConfig(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a base is trained on, families in turn, and how. clips: of all families together."""
+    """What a base is trained on, families in turn, and how. clips: of all families together.
+    place: where it is looked for."""
 
     families: Sequence[Family]
     clips: int
     settings: TrainConfig
+    place: Path
 
 
 RECIPES = {
-    "impacts": Recipe((render,), 3072, SETTINGS),
+    "impacts": Recipe((render,), 3072, SETTINGS, BASE),
     # Half as many clips and two fifths of the steps per family: what an hour holds.
     "all": Recipe(
-        tuple(FAMILIES.values()), 6144, replace(SETTINGS, output="runs/base-all", steps=5000)
+        tuple(FAMILIES.values()),
+        6144,
+        replace(SETTINGS, output="runs/base-all", steps=5000),
+        FAMILIES_BASE,
     ),
 }
 
@@ -94,15 +99,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--families", choices=RECIPES, default="impacts", help="what is rendered to train on"
     )
-    parser.add_argument("--output", type=Path, help="where the base goes; of impacts: in its place")
+    parser.add_argument("--output", type=Path, help="where the base goes; default: in its place")
     parser.add_argument("--steps", type=int, help="another number of them, to try the way")
     options = parser.parse_args(arguments)
-    recipe, output = RECIPES[options.families], options.output
-    if output is None and recipe is not RECIPES["impacts"]:
-        parser.error(f"--output: expected a file for a base of {options.families}, got none")
+    recipe = RECIPES[options.families]
     if options.steps is not None:
+        if options.output is None:
+            parser.error("--output: expected a file for a base of another number of steps")
         recipe = replace(recipe, settings=replace(recipe.settings, steps=options.steps))
-    make_base(recipe, output or BASE)
+    make_base(recipe, options.output or recipe.place)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ class Bench:
         missing = [trial for trial in trials if _row_of(trial, rows) is None]
         missing = {json.dumps(trial.asked): trial for trial in missing}.values()
         futures = [self.pool.submit(trial.run) for trial in missing]
-        for future in tqdm(as_completed(futures), "trials", len(futures), unit="trial"):
+        done = as_completed(futures)
+        for future in tqdm(done, "trials", len(futures), unit="trial", disable=not futures):
             measured = future.result()
             rows.append(measured)
             write_result(self.folder / KEPT, {"trials": rows})
@@ -158,7 +159,9 @@ def keeps_events(row: dict, real: dict) -> bool:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean, least and most, as text."""
+    """Mean, least and most, as text; of one value that alone."""
+    if len(values) == 1:
+        return format(values[0], form)
     return f"{statistics.mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 

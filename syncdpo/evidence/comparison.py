@@ -74,9 +74,9 @@ class WaySearch(Search):
         return self.protocol.bracketed and super().widen()
 
     def settle(self, grounds: Sequence[Ground]) -> None:
-        super().settle(grounds)
-        if not self.protocol.bracketed:
-            self.places = [LEARNING_RATES.index(self.best["learning_rate"])]
+        if self.protocol.bracketed:
+            super().settle(grounds)
+        self.grounds = grounds
 
 
 def compare(protocol: Protocol, output: Path, result: Path, jobs: int) -> str:
@@ -99,9 +99,14 @@ def _parts(protocol: Protocol, bench: Bench) -> Iterator[tuple[str, object]]:
     yield "pairs", costs
     settled = find_settings(bench, grounds)
     yield "settled", {method: told(search) for method, search in settled.items()}
-    yield "search", [row for row in bench.rows if row.get("kind") == "validation"]
+    yield "search", [row for row in bench.rows if is_of_search(row)]
     yield "table", measure_all(bench, grounds, settled, costs)
     yield "questions", ask(bench, grounds, settled["syncdpo"])
+
+
+def is_of_search(row: dict) -> bool:
+    """Not of questions, which ask of one family alone."""
+    return row.get("kind") == "validation" and not row.get("family")
 
 
 def line(row: dict) -> str:

@@ -52,8 +52,20 @@ def test_two_steps_make_a_base_that_loads(tmp_path):
     assert all(torch.equal(loaded[name], weights[name].float()) for name in weights)
 
 
-def test_the_embedded_base_is_never_overwritten_by_another(capsys):
+def test_a_base_of_other_steps_takes_no_bases_place(capsys):
     with pytest.raises(SystemExit) as stopped:
-        base.main(["--families", "all"])
+        base.main(["--families", "all", "--steps", "3"])
     assert stopped.value.code == 2
-    assert "--output: expected a file for a base of all, got none" in capsys.readouterr().err
+    assert "--output: expected a file for a base of another number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("families", "place"),
+    [("impacts", "tiny_base.safetensors"), ("all", "tiny_families.safetensors")],
+)
+def test_each_base_has_its_place(families, place, monkeypatch):
+    made = {}
+    monkeypatch.setattr(base, "make_base", lambda recipe, output: made.update({output: recipe}))
+    base.main(["--families", families])
+    assert [path.name for path in made] == [place]
+    assert list(made.values()) == [RECIPES[families]]

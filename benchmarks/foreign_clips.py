@@ -5,7 +5,8 @@
 
 Nothing here is shared with the rendered balls: other pictures (bright ones, too), other sounds,
 rates, sizes and rhythms. What happens in a clip is a function of its kind and seed. Sound and
-picture are exactly in step.
+picture are exactly in step, or, with `--offset-spread 0.06`, as recordings are: a clip's sound is
+late by so many seconds times N(0, 1), the same for all of it.
 
 squares  a square lights up; a decaying tone under hiss. 25 fps, 44.1 kHz. Irregular.
 mouths   a mouth opens with each syllable; voiced and unvoiced sound. 25 fps, 16 kHz. Four a second.
@@ -45,23 +46,27 @@ class Kind:
     make: Callable[[np.random.Generator, np.ndarray, np.ndarray], Scene]
 
 
-def make_clip(kind: str, seed: int) -> tuple[Clip, np.ndarray]:
-    """The clip and the times of its events, in seconds."""
-    of = KINDS[kind]
-    chance = np.random.default_rng([list(KINDS).index(kind), seed])
+def make_clip(kind: str, seed: int, offset_spread: float = 0.0) -> tuple[Clip, np.ndarray]:
+    """The clip and the times at which its events are seen, in seconds."""
+    of, key = KINDS[kind], [list(KINDS).index(kind), seed]
+    chance = np.random.default_rng(key)
+    offset = offset_spread * np.random.default_rng([*key, 1]).standard_normal()
     pictures = (np.arange(round(of.seconds * of.fps)) + 0.5) / of.fps  # a frame shows its middle
-    sound = np.arange(round(of.seconds * of.sample_rate)) / of.sample_rate
+    sound = np.arange(round(of.seconds * of.sample_rate)) / of.sample_rate - offset
     scene = of.make(chance, pictures, sound)
     video = torch.from_numpy((scene.pictures.clip(0, 1) * 255).round().astype(np.uint8))
     audio = torch.from_numpy(scene.sound.clip(-1, 1).astype(np.float32))
     return Clip(video, of.fps, audio, of.sample_rate), scene.times
 
 
-def make_folder(kind: str, folder: Path, count: int, first: int = 0) -> None:
+def make_folder(
+    kind: str, folder: Path, count: int, first: int = 0, offset_spread: float = 0.0
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(seed: int) -> None:
-        write_clip(folder / f"{kind}-{seed:04d}.mp4", make_clip(kind, seed)[0])
+        clip, _ = make_clip(kind, seed, offset_spread)
+        write_clip(folder / f"{kind}-{seed:04d}.mp4", clip)
 
     for _ in overlapped(write, range(first, first + count)):
         pass
@@ -231,8 +236,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--first", type=int, default=0, help="seed of the first clip")
+    parser.add_argument(
+        "--offset-spread", type=float, default=0.0, help="spread (σ) of the sound's offset, seconds"
+    )
     options = parser.parse_args()
-    make_folder(options.kind, options.folder, options.count, options.first)
+    make_folder(options.kind, options.folder, options.count, options.first, options.offset_spread)
 
 
 if __name__ == "__main__":

@@ -34,3 +34,18 @@ def test_a_folder_goes_on_where_another_ended(tmp_path):
     foreign_clips.make_folder("squares", tmp_path, count=2, first=7)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["squares-0007.mp4", "squares-0008.mp4"]
+
+
+def test_a_recorded_clips_sound_is_off_by_as_much_throughout():
+    offsets = []
+    for seed in range(6):
+        (exact, _), (clip, _) = (
+            foreign_clips.make_clip("drops", seed, spread) for spread in (0.0, 0.06)
+        )
+        assert clip.video.equal(exact.video)
+        before, after = (clip_metrics(c) for c in (exact, clip))
+        pairs = match_events(before.heard, after.heard, 0.2)
+        moved = np.array([after.heard[j] - before.heard[i] for i, j in pairs])
+        assert moved.std() < 0.01
+        offsets.append(moved.mean())
+    assert 0.02 < np.std(offsets) < 0.12

@@ -44,6 +44,7 @@ def test_version_and_help():
         "probe",
         "tune",
         "compare-rules",
+        "compare",
         "check-model",
         "render",
         "info",

@@ -21,16 +21,8 @@ from syncdpo.data.captions import NO_TEXT, caption_of, decode_text, table_rows
 from syncdpo.data.clips import Clip, ClipError, TooShort, find_clips
 from syncdpo.data.decoding import shown_size
 from syncdpo.data.files import readable, reasons
-from syncdpo.data.latents import (
-    LOSER,
-    STREAMS,
-    Item,
-    PrepareSummary,
-    decode_clip,
-    decode_into,
-    file_name,
-    prepare_items,
-)
+from syncdpo.data.items import Item, PrepareSummary, decode_clip, decode_into, file_name
+from syncdpo.data.latents import LOSER, STREAMS, prepare_items
 
 COLUMNS = ("win", "lose")  # of a table of pairs; "caption" may stand beside them
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from syncdpo.data import files, latents
+from syncdpo.data import files, items
 from syncdpo.data.captions import read_captions
 from syncdpo.data.clips import Clip, write_clip
 from syncdpo.data.latents import LatentDataset, prepare
@@ -98,7 +98,7 @@ def test_cache_holds_what_the_model_encoded(folder, tmp_path):
     item = dataset[1]
     assert "".join(map(chr, item["prompt"].tolist())) == dataset.clips[1]["caption"]
     assert item["prompt"].tolist() == [ord(c) for c in "clip number 2"]
-    decoded = latents.decode_clip(folder / "a" / "2.mp4", Format())
+    decoded = items.decode_clip(folder / "a" / "2.mp4", Format())
     torch.testing.assert_close(item["video"], decoded.video.float().mean((1, 2)), rtol=0, atol=0)
     assert item["audio"].dtype == torch.bfloat16
 

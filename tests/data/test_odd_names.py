@@ -16,7 +16,7 @@ from recordings import click_and_flash
 from typer.testing import CliRunner
 
 from syncdpo.cli import app
-from syncdpo.data import latents
+from syncdpo.data import items, latents
 from syncdpo.data.clips import (
     EXTENSIONS,
     find_clips,
@@ -264,14 +264,14 @@ def test_a_terminal_without_utf8(tmp_path, good):
 def test_prepare_names_what_a_reader_chose_or_did_not_survive(tmp_path, good, monkeypatch):
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         shutil.copy(good, tmp_path / name)
-    read = latents.read_clip
+    read = items.read_clip
 
     def odd(path, **options):
         if path.name == "a.mp4":
             raise ZeroDivisionError("no\nrate")
         return replace(read(path, **options), notes=("sound track 2 of 3 is read",))
 
-    monkeypatch.setattr(latents, "read_clip", odd)
+    monkeypatch.setattr(items, "read_clip", odd)
     text = invoke("prepare", tmp_path, "-o", tmp_path / "latents")
     assert "2 clips in the cache" in text
     assert f"{tmp_path / 'a.mp4'}: cannot be read (ZeroDivisionError: no rate)" in text

@@ -18,7 +18,8 @@ from syncdpo.cli import app, main
 from syncdpo.data.buckets import Bucket, mixed_identity
 from syncdpo.data.captions import read_captions
 from syncdpo.data.clips import Clip, ClipFormat, read_clip, write_clip
-from syncdpo.data.latents import LatentDataset, decode_clip, prepare
+from syncdpo.data.items import decode_clip
+from syncdpo.data.latents import LatentDataset, prepare
 from syncdpo.data.pairs import match_folders, prepare_pairs, read_pairs
 from syncdpo.data.synthetic import render, render_clip
 from syncdpo.training.checkpoint import read_log

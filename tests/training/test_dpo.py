@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from syncdpo import ops
 from syncdpo.cli import app
 from syncdpo.data.clips import write_clip
-from syncdpo.data.latents import Item, LatentDataset, prepare_items
+from syncdpo.data.items import Item
+from syncdpo.data.latents import LatentDataset, prepare_items
 from syncdpo.data.synthetic import render
 from syncdpo.models.ltx2 import LTX2
 from syncdpo.models.model_card import model_card

@@ -43,8 +43,8 @@ $warnings$table
 <p class="note">F1 counts a visible event as met when its sound leads by at most 90 ms or lags by
 at most 185 ms (ITU-R BT.1359, acceptable; undetectable: 45 and 125 ms).$interval The onset error is
 the distance from each visible event to the nearest sound. “Real clips” are the held-out clips with
-their own sound, after the codec: as good as a generator can get. SFT at equal time takes as many
-steps as SyncDPO's floating-point operations allow. Seed $seed.</p>
+their own sound, after the codec: a generator can be better only where that is not in step. SFT at
+equal time takes as many steps as SyncDPO's floating-point operations allow. Seed $seed.</p>
 <h2>Clips</h2>
 <p>The first of these, to play; those of a column share their picture.</p>
 $clips

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from syncdpo.demo.search import spread
-from syncdpo.evidence.protocol import FAMILIES_OF, METHODS, QUESTIONS
+from syncdpo.evidence.protocol import METHODS, QUESTIONS
 
 LINES = {"real": "real clips"} | {name: method.label for name, method in METHODS.items()}
 SFT = ("sft", "sft-equal-time")
@@ -31,7 +31,7 @@ def tables(content: dict) -> str:
 def by_family(rows: Sequence[dict]) -> str:
     """A line for each method, a column for each family; at the end SyncDPO's share of the error of
     the better SFT, each by its mean."""
-    families = FAMILIES_OF["measured"]
+    families = list(rows[0]["families"])
     lines = [
         [label, *(_cell([row["families"][family] for row in of]) for family in families)]
         for label, of in _grouped(rows)
@@ -96,7 +96,7 @@ def _spread(rows: Sequence[dict], value: Callable[[dict], float | None], form: s
 def _share(rows: Sequence[dict], family: str) -> str:
     def error(method: str) -> float | None:
         of = [r["families"][family]["onset_error_ms"] for r in rows if r["method"] == method]
-        return None if None in of else sum(of) / len(of)
+        return None if not of or None in of else sum(of) / len(of)
 
     sft = [found for found in map(error, SFT) if found]
     ours = error("syncdpo")

@@ -15,7 +15,7 @@ from syncdpo.data.files import digest
 from syncdpo.data.latents import LatentDataset
 from syncdpo.demo.search import keeps_events
 from syncdpo.evidence.grounds import Ground, families_of, load_base
-from syncdpo.evidence.protocol import RANKED_BY, TRAINED
+from syncdpo.evidence.protocol import FAMILIES_OF, RANKED_BY, TRAINED
 from syncdpo.metrics import ClipMetrics, clip_metrics, summarise
 from syncdpo.models import Model
 from syncdpo.models.tiny import FAMILIES_BASE
@@ -32,6 +32,7 @@ FIGURES = (
     "events_per_clip",
     "seen_per_clip",
 )
+# Of a training that diverged.
 LOST = {"f1": None, "onset_error_ms": None, "onset_error_median_ms": None, "events_per_clip": 0.0}
 SPENT = ("steps", "cpu_seconds", "seconds")
 
@@ -79,6 +80,7 @@ class Trial:
                 spent = train(self.config(), data=self._data(), progress=False)
             except TrainingDiverged as error:
                 lost = LOST | {f"own_{key}": value for key, value in LOST.items()}
+                lost |= {"families": dict.fromkeys(FAMILIES_OF[self.kind], LOST)}
                 spent = spent | {"steps": self.settings["steps"]}
                 return self.asked | lost | spent | {"keeps_events": False, "lost": str(error)}
             model.load_weights(self.folder)

@@ -206,6 +206,7 @@ def test_a_training_that_diverges_is_a_row_and_never_the_best(tmp_path, monkeypa
     assert row["lost"] == "no finite gradient"
     assert not row["keeps_events"]
     assert "—" in line(row)
+    assert by_family([row]).splitlines()[2].count("— · —") == len(TRAINED)
     lost = {key: row[key] for key in ("onset_error_ms", "own_onset_error_ms", "keeps_events")}
     rate = "learning_rate"
     search = searched(way("sft", "all", 2), lambda t: lost if t.settings[rate] > 0.01 else {})

@@ -84,7 +84,7 @@ RENDERED = Recipe(
     60, {"sft": ("all", 8e-3), "syncdpo": ("sound's half", 1.1e-2), "sft-equal-time": ("all", 4e-3)}
 )
 # What other clips look and sound like is to be learnt first, by SFT and all weights. A preference
-# needs half of the time then, and on clips of its own a model loses nothing by it.
+# needs half of the time then, and clips of the model's own lose less by it (docs/demo.md).
 OWN = Recipe(
     360,
     {"sft": ("all", 8e-3), "syncdpo": ("sound's half", 8e-3), "sft-equal-time": ("all", 8e-3)},

@@ -21,6 +21,7 @@ import torch
 from syncdpo.data.clips import Clip, read_clip
 from syncdpo.data.families import FAMILIES, OUT_OF_DISTRIBUTION
 from syncdpo.data.synthetic import Rendered, render_folder
+from syncdpo.evidence.tables import table
 from syncdpo.metrics import ClipMetrics, clip_metrics, summarise
 from syncdpo.models import codec, load_model
 
@@ -89,11 +90,6 @@ def latents_row(name: str, measured: Measured) -> list[str]:
     luma = codec.PICTURES * codec.CELLS**2 // codec.VIDEO_TOKENS
     kinds = (video[..., :luma], video[..., luma:], audio)
     return [name, *(f"{kind.mean():.2f} ± {kind.std():.2f}" for kind in kinds)]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def report(names: list[str], count: int) -> str:

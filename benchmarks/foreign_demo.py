@@ -41,6 +41,7 @@ from foreign_clips import make_folder
 
 from syncdpo.data.files import write_atomic
 from syncdpo.demo import DemoConfig, format_table, run
+from syncdpo.evidence.tables import table
 
 KINDS, SEEDS, CLIPS = ("drops", "sticks"), (0, 1, 2), 120
 FIRST, APART, OFFSET_SPREAD = 40_000, 1000, 0.06
@@ -62,7 +63,7 @@ def main() -> None:
             for seed in options.seeds:
                 measure(kind, seed, options.work, options.result[0])
     found = [_known(result) for result in options.result]
-    print(table({name: report for known in found for name, report in sorted(known.items())}))
+    print(folders({name: report for known in found for name, report in sorted(known.items())}))
 
 
 def measure(kind: str, seed: int, work: Path, result: Path) -> None:
@@ -85,10 +86,10 @@ def _known(result: Path) -> dict[str, dict]:
     return json.loads(result.read_text()) if result.exists() else {}
 
 
-def table(reports: dict[str, dict]) -> str:
+def folders(reports: dict[str, dict]) -> str:
     """A line per folder, as markdown."""
-    heads = ("folder", "base", "SFT, equal steps", "SFT, equal time", "SyncDPO", "real clips")
-    lines = [f"| {' | '.join((*heads, 'of SFT'))} |", f"|{' --- |' * (1 + len(heads))}"]
+    methods = ("base", "SFT, equal steps", "SFT, equal time", "SyncDPO", "real clips")
+    lines = []
     for name, report in reports.items():
         rows = {row["method"]: row for row in report["rows"]} | {"real": report["real"]}
         cells = [
@@ -97,8 +98,8 @@ def table(reports: dict[str, dict]) -> str:
         ]
         best = min(rows[method]["onset_error_ms"] for method in SFT)
         share = rows["syncdpo"]["onset_error_ms"] / best
-        lines.append(f"| {' | '.join((name, *cells, f'{share:.2f}'))} |")
-    return "\n".join(lines)
+        lines.append([name, *cells, f"{share:.2f}"])
+    return table(["folder", *methods, "of SFT"], lines)
 
 
 if __name__ == "__main__":

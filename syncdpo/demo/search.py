@@ -142,7 +142,7 @@ class Bench:
 
 def mean_row(rows: list[dict]) -> dict:
     """What rows of several seeds have in common, and the mean of what was measured on each."""
-    same = {k: v for k, v in rows[0].items() if all(r[k] == v for r in rows)}
+    same = {k: v for k, v in rows[0].items() if all((k, v) in r.items() for r in rows)}
     kept = {"keeps_events": all(r.get("keeps_events", True) for r in rows)}
     return same | {k: _mean([r[k] for r in rows]) for k in FIGURES if k in rows[0]} | kept
 

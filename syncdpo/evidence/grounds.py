@@ -31,16 +31,17 @@ class Ground:
 
     def prepare(self) -> None:
         """Render and encode; what is there is kept."""
-        first = APART * self.seed
+        model = load_base()
         for kind, families in FAMILIES_OF.items():
             clips = self.work / "clips" / kind
-            seeds = range(FIRST_SEEDS[kind] + first, FIRST_SEEDS[kind] + first + self._count(kind))
+            first = FIRST_SEEDS[kind] + APART * self.seed
+            seeds = range(first, first + self.protocol.count(kind))
             for family in families:
                 spread = OFFSET_SPREADS[kind]
                 render_folder(
                     clips / family, seeds, offset_spread=spread, family=find_family(family)
                 )
-            prepare(load_base(), clips, self._cache(kind), progress=False)
+            prepare(model, clips, self._cache(kind), progress=False)
 
     def latents(self, kind: str, family: str = "") -> Dataset:
         """Clips by what they are for; of one family, or of all, which stand in turn."""
@@ -56,9 +57,6 @@ class Ground:
 
     def _cache(self, kind: str) -> Path:
         return self.work / "latents" / kind
-
-    def _count(self, kind: str) -> int:
-        return self.protocol.count(kind)
 
 
 def load_base() -> Model:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from syncdpo.data.clips import read_clip
 from syncdpo.data.files import digest
 from syncdpo.data.latents import LatentDataset
+from syncdpo.demo.demonstration import OWN_FIGURES, SPENT
 from syncdpo.demo.search import keeps_events
 from syncdpo.evidence.grounds import Ground, families_of, load_base
 from syncdpo.evidence.protocol import FAMILIES_OF, RANKED_BY, TRAINED
@@ -24,17 +25,8 @@ from syncdpo.sampling import generate, noise_seeds
 from syncdpo.train import train
 from syncdpo.training import TrainConfig, TrainingDiverged
 
-FIGURES = (
-    "f1",
-    "f1_undetectable",
-    "onset_error_ms",
-    "onset_error_median_ms",
-    "events_per_clip",
-    "seen_per_clip",
-)
-# Of a training that diverged.
-LOST = {"f1": None, "onset_error_ms": None, "onset_error_median_ms": None, "events_per_clip": 0.0}
-SPENT = ("steps", "cpu_seconds", "seconds")
+FIGURES = ("f1_undetectable", *OWN_FIGURES)
+LOST = dict.fromkeys(FIGURES) | {"events_per_clip": 0.0}  # of a training that diverged
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from syncdpo.demo.search import KEPT, Bench
+from syncdpo.demo.search import KEPT, Bench, mean_row
 from syncdpo.evidence import FULL, QUICK, compare, trials
 from syncdpo.evidence.comparison import Way, WaySearch, ask, line, refined, tenth_of_dpo, way
 from syncdpo.evidence.grounds import Ground, families_of
@@ -211,6 +211,10 @@ def test_a_training_that_diverges_is_a_row_and_never_the_best(tmp_path, monkeypa
     rate = "learning_rate"
     search = searched(way("sft", "all", 2), lambda t: lost if t.settings[rate] > 0.01 else {})
     assert search.best["learning_rate"] <= 0.01
+    found = Measured(lambda trial: {}).run([way("sft", "all", 2).trial(ground, 0.18)])[0]
+    for rows in ([row, found], [found, row]):  # diverged on one seed, whichever comes first
+        assert mean_row(rows)["onset_error_ms"] is None
+        assert not mean_row(rows)["keeps_events"]
 
 
 def test_the_table_says_what_syncdpos_error_is_of_the_better_sfts():
